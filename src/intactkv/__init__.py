@@ -1,0 +1,17 @@
+"""IntactKV: quantized language models that keep their full-precision memory of the tokens that matter most."""
+
+from intactkv.attach import Attachment, attach
+from intactkv.capture import capture
+from intactkv.kv import IntactKV, IntactKVError
+from intactkv.prefix import bos, chat_prefix, text_prefix
+
+__all__ = [
+    "Attachment",
+    "IntactKV",
+    "IntactKVError",
+    "attach",
+    "bos",
+    "capture",
+    "chat_prefix",
+    "text_prefix",
+]

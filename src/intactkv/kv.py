@@ -1,0 +1,312 @@
+"""The artifact: the full model's keys and values of a few prefix tokens, as plain frozen data.
+
+One safetensors file holds `ids`, `layers.{i}.key`, `layers.{i}.value` and `logits`, and one JSON text in the
+file's metadata says where they come from. Nothing is pickled; a digest over everything makes tampering visible;
+a fingerprint of the model's configuration keeps the file off models whose keys and values mean something else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+
+from intactkv.locate import Progress
+
+FORMAT_VERSION = 1
+
+# Every configuration field, under transformers' standard names, that changes what a decoder hands to its cache.
+_FINGERPRINT_FIELDS = (
+    "model_type",
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "hidden_act",
+    "rms_norm_eps",
+    "layer_norm_eps",
+    "layer_norm_epsilon",
+    "rope_parameters",
+    "partial_rotary_factor",
+    "alibi",
+    "layer_types",
+    "sliding_window",
+    "attention_chunk_size",
+    "num_kv_shared_layers",
+    "kv_lora_rank",
+    "qk_nope_head_dim",
+    "qk_rope_head_dim",
+    "v_head_dim",
+    "num_experts",
+    "num_local_experts",
+    "num_experts_per_tok",
+)
+
+
+class IntactKVError(ValueError):
+    """What was given cannot be done right: the message names the value, the rule and the remedy."""
+
+
+@dataclass(frozen=True, eq=False)
+class IntactKV:
+    """The full-precision keys and values of a token prefix, one pair per layer that has them.
+
+    `ids` are the prefix's token ids. `layers[i]` is `(key, value)` exactly as layer `i` hands them to
+    `Cache.update`: after RoPE, `(kv_head, prefix, dim)`, where keys and values may differ in heads and width, and
+    where a layer without a cache of its own (linear attention, shared KV) has no entry. `logits` are the output
+    embedding's raw output at the prefix positions, so that an attached model keeps its output's length.
+    `fingerprint` is compared with the model at `attach`; `provenance` says which model, weights and tokenizer the
+    tensors come from and in which basis they are.
+
+    Source: Liu et al., "IntactKV", Findings of ACL 2024, arXiv 2403.01241, section 3.
+    """
+
+    ids: Int[Tensor, "prefix"]
+    layers: Mapping[int, tuple[Float[Tensor, "head prefix dim"], Float[Tensor, "head prefix dim"]]]
+    logits: Float[Tensor, "prefix vocab"]
+    fingerprint: Mapping[str, Any]
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _check_shapes(self)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __repr__(self) -> str:
+        kind = self.fingerprint.get("model_type", "?")
+        return f"IntactKV({len(self)} tokens, {len(self.layers)} layers of {kind}, {self.nbytes:,} bytes)"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all keys and values, logits not counted: what a serving engine has to hold."""
+        return sum(t.numel() * t.element_size() for pair in self.layers.values() for t in pair)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors under the names they have in the file."""
+        named = {"ids": self.ids, "logits": self.logits}
+        for i, (key, value) in self.layers.items():
+            named[f"layers.{i}.key"], named[f"layers.{i}.value"] = key, value
+        return named
+
+    def to(self, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> IntactKV:
+        """A copy on `device` with keys, values and logits in `dtype`; `ids` keep their integer type."""
+        layers = {
+            i: (key.to(device=device, dtype=dtype), value.to(device=device, dtype=dtype))
+            for i, (key, value) in self.layers.items()
+        }
+        logits = self.logits.to(device=device, dtype=dtype)
+        return replace(self, ids=self.ids.to(device=device), layers=layers, logits=logits)
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the artifact to `path` atomically: a reader sees the old file, the new one, or none, never half.
+
+        Raises `IntactKVError` where the folder of `path` does not exist.
+        """
+        path = Path(path)
+        if not path.parent.is_dir():
+            raise IntactKVError(f"cannot write {path}: the folder {path.parent} does not exist; create it first")
+        tensors = {name: t.detach().cpu().contiguous().clone() for name, t in self.tensors.items()}
+        header = {
+            "version": FORMAT_VERSION,
+            "fingerprint": dict(self.fingerprint),
+            "provenance": dict(self.provenance),
+        }
+        header["digest"] = _digest(header, tensors)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            save_file(tensors, temporary, metadata={"intactkv": json.dumps(header, sort_keys=True)})
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        return path
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> IntactKV:
+        """Read an artifact and check it whole: version, digest, names, shapes and types.
+
+        Raises `IntactKVError`, one sentence each, for a missing, truncated, foreign, future, tampered or misshapen
+        file.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise IntactKVError(f"{path} is not a file; write one with `intactkv capture` or `IntactKV.save`")
+        try:
+            with safe_open(path, framework="pt", device="cpu") as file:
+                text = (file.metadata() or {}).get("intactkv")
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        except (SafetensorError, OSError) as error:
+            raise IntactKVError(
+                f"{path} is truncated or no safetensors file ({error}); capture it again"
+            ) from error
+        header = _header(text, path)
+        if _digest(header, tensors) != header["digest"]:
+            raise IntactKVError(
+                f"{path} was changed after it was written (its digest does not match its content); capture it again"
+            )
+        kv = _from_tensors(tensors, header, path)
+        return kv.to(device=device)
+
+    def cache(self, model: PreTrainedModel, batch_size: int = 1) -> DynamicCache:
+        """A cache that already holds the prefix, so that its tokens need not be computed again.
+
+        Give the *whole* ids, prefix included, to `generate`, or only the rest to `model(...)` with an attention
+        mask of the whole length. Every row must begin with the prefix in column 0: **no left padding**, for which
+        `attach` is right. Raises `IntactKVError` where `model`'s fingerprint differs or where it has recurrent
+        layers, whose state a prefix of keys and values does not restore.
+        """
+        check_fingerprint(self, model.config)
+        cache = PrefixCache(config=model.config)
+        if any(cache.is_linear):
+            raise IntactKVError(
+                f"{model.config.model_type} has recurrent layers, whose state this artifact does not hold; "
+                "use attach(model, kv), which computes the prefix tokens and replaces the attention layers' KV"
+            )
+        for i, (key, value) in self.layers.items():
+            cache.update(
+                *(t.to(model.device, model.dtype).expand(batch_size, *t.shape) for t in (key, value)), i
+            )
+        cache.intactkv = Progress(until=len(self), matched=torch.full((batch_size,), len(self)))
+        return cache
+
+
+class PrefixCache(DynamicCache):
+    """A dynamic cache filled before the model ran: each layer's prefix follows that layer's device and type."""
+
+    intactkv: Progress
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        if layer_idx < len(self.layers) and self.layers[layer_idx].is_initialized:
+            layer = self.layers[layer_idx]
+            layer.keys, layer.values = layer.keys.to(key_states), layer.values.to(value_states)
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+
+def fingerprint(config: PreTrainedConfig) -> dict[str, Any]:
+    """Every field of a decoder's configuration that changes its keys and values, as JSON data.
+
+    Quantization, dtype, names and token ids are left out on purpose: the same fingerprint must fit the full model
+    and each of its quantized forms.
+    """
+    config = config.get_text_config(decoder=True)
+    fields = {name: getattr(config, name, None) for name in _FINGERPRINT_FIELDS}
+    if fields["head_dim"] is None and fields["hidden_size"] and fields["num_attention_heads"]:
+        fields["head_dim"] = fields["hidden_size"] // fields["num_attention_heads"]
+    if fields["num_key_value_heads"] is None:
+        fields["num_key_value_heads"] = fields["num_attention_heads"]
+    return json.loads(json.dumps({name: value for name, value in fields.items() if value is not None}))
+
+
+def check_fingerprint(kv: IntactKV, config: PreTrainedConfig) -> None:
+    """Raise `IntactKVError` naming the first field in which the model differs from the one `kv` was captured from."""
+    want, have = kv.fingerprint, fingerprint(config)
+    for name in sorted({*want, *have}):
+        if want.get(name) != have.get(name):
+            raise IntactKVError(
+                f"this intact KV was captured from a model with {name}={want.get(name)!r}, the model given has "
+                f"{name}={have.get(name)!r}; capture one from the model's own full-precision form"
+            )
+
+
+def weights_digest(model: PreTrainedModel) -> str:
+    """SHA-256 over the names and bytes of all parameters and buffers that a checkpoint of `model` holds.
+
+    Weights that are offloaded to the meta device cannot be read; the digest then says so instead.
+    """
+    sha = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        if tensor.device.type == "meta":
+            return "unknown: offloaded weights"
+        _hash_tensor(sha, name, tensor)
+    return sha.hexdigest()
+
+
+def _hash_tensor(sha: Any, name: str, tensor: Tensor) -> None:
+    sha.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+    sha.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+
+
+def _digest(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    sha = hashlib.sha256()
+    sha.update(json.dumps({k: v for k, v in header.items() if k != "digest"}, sort_keys=True).encode())
+    for name in sorted(tensors):
+        _hash_tensor(sha, name, tensors[name])
+    return sha.hexdigest()
+
+
+def _header(text: str | None, path: Path) -> dict[str, Any]:
+    """The checked JSON header of a file at `path`, from the text in its metadata."""
+    if text is None:
+        raise IntactKVError(
+            f"{path} is a safetensors file but no intact KV; write one with `intactkv capture`"
+        )
+    try:
+        header = json.loads(text)
+        version, needed = header["version"], {"digest", "fingerprint", "provenance"} - header.keys()
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise IntactKVError(f"{path} has an unreadable header ({error}); capture it again") from error
+    if version != FORMAT_VERSION:
+        raise IntactKVError(
+            f"{path} has format version {version!r}, this intactkv reads version {FORMAT_VERSION}; "
+            "update intactkv or capture it again"
+        )
+    if needed:
+        raise IntactKVError(f"{path} lacks {', '.join(sorted(needed))} in its header; capture it again")
+    return header
+
+
+def _from_tensors(tensors: dict[str, Tensor], header: dict[str, Any], path: Path) -> IntactKV:
+    """The artifact from a file's named tensors; names that are not ours are refused."""
+    pairs: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        parts = name.split(".")
+        if len(parts) == 3 and parts[0] == "layers" and parts[1].isdigit() and parts[2] in ("key", "value"):
+            pairs.setdefault(int(parts[1]), {})[parts[2]] = tensor
+        elif name not in ("ids", "logits"):
+            raise IntactKVError(f"{path} holds the unknown tensor {name!r}; capture it again")
+    for name in ("ids", "logits"):
+        if name not in tensors:
+            raise IntactKVError(f"{path} lacks the tensor {name!r}; capture it again")
+    for i, pair in pairs.items():
+        if len(pair) != 2:
+            raise IntactKVError(f"{path} has only the {next(iter(pair))} of layer {i}; capture it again")
+    layers = {i: (pairs[i]["key"], pairs[i]["value"]) for i in sorted(pairs)}
+    return IntactKV(tensors["ids"], layers, tensors["logits"], header["fingerprint"], header["provenance"])
+
+
+def _check_shapes(kv: IntactKV) -> None:
+    if kv.ids.ndim != 1 or kv.ids.dtype != torch.int64 or len(kv.ids) == 0:
+        raise IntactKVError(
+            f"ids is {kv.ids.dtype} of shape {tuple(kv.ids.shape)}; it must be a non-empty int64 vector of token ids"
+        )
+    if not kv.layers:
+        raise IntactKVError("no layer has keys and values; an intact KV needs a model with attention layers")
+    if kv.logits.ndim != 2 or len(kv.logits) != len(kv.ids) or not kv.logits.is_floating_point():
+        raise IntactKVError(
+            f"logits is {kv.logits.dtype} of shape {tuple(kv.logits.shape)}; it must be floating point of shape "
+            f"({len(kv.ids)}, vocab)"
+        )
+    for i, pair in kv.layers.items():
+        for name, tensor in zip(("key", "value"), pair, strict=True):
+            if tensor.ndim != 3 or tensor.shape[1] != len(kv.ids) or not tensor.is_floating_point():
+                raise IntactKVError(
+                    f"layers.{i}.{name} is {tensor.dtype} of shape {tuple(tensor.shape)}; it must be floating point "
+                    f"of shape (head, {len(kv.ids)}, dim)"
+                )
+
