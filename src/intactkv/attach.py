@@ -56,7 +56,7 @@ def attach(model: PreTrainedModel, kv: IntactKV) -> Attachment:
     if is_attached(model):
         raise IntactKVError("the model already has an intact KV attached; call .remove() on that handle first")
     check_fingerprint(kv, model.config)
-    recurrent = [i for i, linear in enumerate(DynamicCache(config=model.config).is_linear) if linear]
+    recurrent = _recurrent(model)
     if recurrent:
         warnings.warn(
             f"layers {recurrent} of {model.config.model_type} are recurrent or convolutional: the intact KV covers "
@@ -156,6 +156,11 @@ class Attachment:
                 arguments["attention_mask"] = _packed_masks(model, arguments)
             arguments["past_key_values"] = call.pass_through = _PassThrough(model, call)
             arguments["use_cache"] = False
+            if checkpointing and _recurrent(model):
+                raise IntactKVError(
+                    f"gradient checkpointing replays the recurrent layers of {model.config.model_type} with their "
+                    "final state; call gradient_checkpointing_disable() on the model"
+                )
             if checkpointing:
                 call.open_checkpoints(model)
         self._call = call
@@ -167,6 +172,8 @@ class Attachment:
         length, prefix = ids.shape[1], self.kv.ids.to(ids.device)
         mask, given = _as_tensor(arguments.get("attention_mask")), arguments.get("position_ids")
         real, positions = _real(mask, ids, past), _positions(mask, given, ids, past)
+        if given is None and not self._takes_positions and mask is not None and mask.ndim == 4:
+            positions = _visible(mask[:, 0]).sum(-1).to(ids.device).expand_as(ids) - 1  # ALiBi: all that it sees
         if past >= progress.until and not bool((real & (positions < len(prefix))).any()):
             none = torch.zeros(0, dtype=torch.int64, device=ids.device)
             return _Plan(Sites(none, none, none), positions if progress.padded and given is None else None, False, length)
@@ -411,6 +418,11 @@ def _put(x: Tensor, intact: Tensor, sites: Sites, layer: int) -> Tensor:
         )
     sites = sites.to(x.device)
     return x.transpose(1, 2).index_put((sites.row, sites.col), intact[sites.index]).transpose(1, 2)
+
+
+def _recurrent(model: PreTrainedModel) -> list[int]:
+    """The layers whose cache is a recurrent or convolutional state alone."""
+    return [i for i, linear in enumerate(DynamicCache(config=model.config).is_linear) if linear]
 
 
 def _by_name(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,69 @@
+"""The architecture table of docs/architectures.md: collected while the laws run, written with --regenerate."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+DOCS = Path(__file__).parent.parent / "docs"
+FIGURES: dict[str, dict[str, float]] = defaultdict(dict)
+
+torch.set_num_threads(1)
+
+
+def pytest_addoption(parser: Any) -> None:
+    parser.addoption("--regenerate", action="store_true", help="write the generated pages under docs/ from this run")
+
+
+@pytest.fixture
+def figure(request: pytest.FixtureRequest) -> Any:
+    """Record a measured difference for one architecture under a column's name."""
+
+    def record(architecture: str, column: str, value: float) -> None:
+        FIGURES[architecture][column] = max(value, FIGURES[architecture].get(column, 0.0))
+
+    return record
+
+
+def architectures_page() -> str:
+    from models import ARCHITECTURES
+
+    lines = [
+        "# Architectures",
+        "",
+        "Made by `pytest tests/test_laws.py --regenerate`; do not edit. Tiny random models in float32, a prefix of "
+        "three tokens. Figures are the largest absolute difference of any logit.",
+        "",
+        f"transformers {transformers.__version__}, torch {torch.__version__}.",
+        "",
+        "- *self*: the full model with its own intact KV attached, against itself plain (unpadded, left- and "
+        "right-padded, with and without cache).",
+        "- *injection*: the rounded model attached, against a cache filled by hand at batch 1 (unpadded, left- and "
+        "right-padded batches, with and without cache, in chunks).",
+        "- *generate*: logits of greedy generation from a left-padded batch, dynamic and static cache, against a cache filled "
+        "by hand.",
+        "- *effect*: what attaching changes on the rounded model: how much there was to get wrong.",
+        "- *checkpointing*: gradients with gradient checkpointing on equal those without; `refused` means a clear "
+        "error.",
+        "",
+        "| architecture | self | injection | generate | effect | checkpointing | note |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for a in ARCHITECTURES:
+        f = FIGURES[a.name]
+        cells = [f"{f[c]:.0e}" if c in f else "–" for c in ("self", "injection", "generate")]
+        effect = f"{f['effect']:.2f}" if "effect" in f else "–"
+        checkpointing = {0.0: "refused", 1.0: "equal"}.get(f.get("checkpointing", -1.0), "–")
+        note = ("attention layers only; " if a.recurrent else "") + a.note
+        lines.append(f"| {a.name} | {' | '.join(cells)} | {effect} | {checkpointing} | {note} |")
+    return "\n".join(lines) + "\n"
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    if session.config.getoption("--regenerate") and exitstatus == 0 and FIGURES:
+        (DOCS / "architectures.md").write_text(architectures_page())
