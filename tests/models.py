@@ -94,7 +94,9 @@ ARCHITECTURES = [
 ]  # fmt: skip
 
 
-def build(architecture: Architecture, seed: int = 0, dtype: torch.dtype = torch.float32, **more: Any) -> PreTrainedModel:
+def build(
+    architecture: Architecture, seed: int = 0, dtype: torch.dtype = torch.float32, **more: Any
+) -> PreTrainedModel:
     """A random model in eval mode whose weights are large enough that tokens differ clearly."""
     settings = {
         "vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3,

@@ -8,7 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from models import ARCHITECTURES, PREFIX, Architecture, build, padded, prompts, reference_cache, reference_logits, rounded
+from models import (
+    ARCHITECTURES,
+    PREFIX,
+    Architecture,
+    build,
+    padded,
+    prompts,
+    reference_cache,
+    reference_logits,
+    rounded,
+)
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
@@ -210,8 +220,8 @@ def test_gradient_checkpointing_is_equal_or_refused(trio: Any, figure: Any) -> N
         assert differ(*grads) <= 10 * architecture.tolerance
         figure(architecture.name, "checkpointing", 1.0)
     except (RuntimeError, ValueError) as error:
-        assert architecture.name in REFUSES, str(error)
-        assert REFUSES[architecture.name] in str(error)
+        if REFUSES.get(architecture.name, "?") not in str(error):
+            raise
         figure(architecture.name, "checkpointing", 0.0)
     finally:
         model.gradient_checkpointing_disable()

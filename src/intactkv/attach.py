@@ -111,7 +111,7 @@ class Attachment:
 
     def _before(self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The forward pre-hook. A decoding step ends at its first lines; dynamo traces through them."""
-        cache = kwargs.get("past_key_values")
+        cache: Any = kwargs.get("past_key_values")
         progress = getattr(cache, "intactkv", None)
         if progress is not None and progress.plain:
             ids = args[0] if args else kwargs.get("input_ids")
@@ -176,7 +176,9 @@ class Attachment:
             positions = _visible(mask[:, 0]).sum(-1).to(ids.device).expand_as(ids) - 1  # ALiBi: all that it sees
         if past >= progress.until and not bool((real & (positions < len(prefix))).any()):
             none = torch.zeros(0, dtype=torch.int64, device=ids.device)
-            return _Plan(Sites(none, none, none), positions if progress.padded and given is None else None, False, length)
+            return _Plan(
+                Sites(none, none, none), positions if progress.padded and given is None else None, False, length
+            )
 
         matched = _matched(progress, len(ids), ids.device)
         inside = locate(ids, prefix, real=real, positions=positions, matched=matched)
@@ -329,7 +331,7 @@ class _Call:
             kept = update(self.neutral(key), self.neutral(value), layer, *args, **kwargs)
             return self.read(*kept, layer, progress.sites)
 
-        cache.update = restored if lossy else replaced  # type: ignore[method-assign]
+        cache.update = restored if lossy else replaced  # type: ignore[method-assign,assignment]
         self.cache = cache
 
     def leave(self) -> None:

@@ -150,9 +150,7 @@ class IntactKV:
                 text = (file.metadata() or {}).get("intactkv")
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         except (SafetensorError, OSError) as error:
-            raise IntactKVError(
-                f"{path} is truncated or no safetensors file ({error}); capture it again"
-            ) from error
+            raise IntactKVError(f"{path} is truncated or no safetensors file ({error}); capture it again") from error
         header = _header(text, path)
         if _digest(header, tensors) != header["digest"]:
             raise IntactKVError(
@@ -177,9 +175,8 @@ class IntactKV:
                 "use attach(model, kv), which computes the prefix tokens and replaces the attention layers' KV"
             )
         for i, (key, value) in self.layers.items():
-            cache.update(
-                *(t.to(model.device, model.dtype).expand(batch_size, *t.shape) for t in (key, value)), i
-            )
+            rows = [t.to(model.device, model.dtype).expand(batch_size, *t.shape) for t in (key, value)]
+            cache.update(rows[0], rows[1], i)
         cache.intactkv = Progress(until=len(self), matched=torch.full((batch_size,), len(self)))
         return cache
 
@@ -192,8 +189,8 @@ class PrefixCache(DynamicCache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        if layer_idx < len(self.layers) and self.layers[layer_idx].is_initialized:
-            layer = self.layers[layer_idx]
+        layer: Any = self.layers[layer_idx] if layer_idx < len(self.layers) else None
+        if layer is not None and layer.is_initialized:
             layer.keys, layer.values = layer.keys.to(key_states), layer.values.to(value_states)
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
@@ -253,9 +250,7 @@ def _digest(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
 def _header(text: str | None, path: Path) -> dict[str, Any]:
     """The checked JSON header of a file at `path`, from the text in its metadata."""
     if text is None:
-        raise IntactKVError(
-            f"{path} is a safetensors file but no intact KV; write one with `intactkv capture`"
-        )
+        raise IntactKVError(f"{path} is a safetensors file but no intact KV; write one with `intactkv capture`")
     try:
         header = json.loads(text)
         version, needed = header["version"], {"digest", "fingerprint", "provenance"} - header.keys()
@@ -309,4 +304,3 @@ def _check_shapes(kv: IntactKV) -> None:
                     f"layers.{i}.{name} is {tensor.dtype} of shape {tuple(tensor.shape)}; it must be floating point "
                     f"of shape (head, {len(kv.ids)}, dim)"
                 )
-

@@ -77,9 +77,7 @@ def text_prefix(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 def _common(encode: Callable[[str], Sequence[int]], tokenizer: PreTrainedTokenizerBase) -> list[int]:
     rows = [list(encode(probe)) for probe in _PROBES]
     shortest = min(rows, key=len)
-    length = next(
-        (i for i, token in enumerate(shortest) if any(row[i] != token for row in rows)), len(shortest)
-    )
+    length = next((i for i, token in enumerate(shortest) if any(row[i] != token for row in rows)), len(shortest))
     if length == 0:
         raise IntactKVError(
             f"prompts of {_name(tokenizer)} have no first token in common; choose explicit ids for the prefix"

@@ -1,0 +1,34 @@
+"""Measure what an intact prefix gives back: three arms, per-token metrics, paired intervals."""
+
+from intactkv.evaluate.compare import Arm, Evaluation, evaluate, three_arms
+from intactkv.evaluate.metrics import (
+    Interval,
+    TokenMetrics,
+    difference_statistic,
+    full_metrics,
+    gap_closed_statistic,
+    paired_bootstrap,
+    summary,
+    summary_statistic,
+    token_metrics,
+)
+from intactkv.evaluate.windows import Windows, paper_windows, prefixed_windows
+
+__all__ = [
+    "Arm",
+    "Evaluation",
+    "Interval",
+    "TokenMetrics",
+    "Windows",
+    "difference_statistic",
+    "evaluate",
+    "full_metrics",
+    "gap_closed_statistic",
+    "paired_bootstrap",
+    "paper_windows",
+    "prefixed_windows",
+    "summary",
+    "summary_statistic",
+    "three_arms",
+    "token_metrics",
+]
