@@ -45,8 +45,8 @@ def architectures_page() -> str:
         "right-padded, with and without cache).",
         "- *injection*: the rounded model attached, against a cache filled by hand at batch 1 (unpadded, left- and "
         "right-padded batches, with and without cache, in chunks).",
-        "- *generate*: logits of greedy generation from a left-padded batch, dynamic and static cache, against a cache filled "
-        "by hand.",
+        "- *generate*: logits of greedy generation from a left-padded batch, dynamic and static cache, against a cache "
+        "filled by hand.",
         "- *effect*: what attaching changes on the rounded model: how much there was to get wrong.",
         "- *checkpointing*: gradients with gradient checkpointing on equal those without; `refused` means a clear "
         "error.",

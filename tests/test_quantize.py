@@ -7,6 +7,7 @@ import hashlib
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -32,7 +33,7 @@ logger = pytest.importorskip("loguru").logger
 
 # |w - deq(q(w))| / scale may exceed 1/2 by this much: bfloat16 rounds w/scale itself to 8 significant bits.
 EXCESS = {torch.float32: 1e-4, torch.bfloat16: 0.15}
-SIZES = {
+SIZES: dict[str, Any] = {
     "vocab_size": 96,
     "hidden_size": 64,
     "intermediate_size": 192,
@@ -195,7 +196,7 @@ def test_refuses_to_overwrite(tmp_path: Path) -> None:
         ({"group_size": 0}, "group_size=0 must be positive"),
     ],
 )
-def test_impossible_settings_are_refused(settings: dict[str, int], message: str) -> None:
+def test_impossible_settings_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(IntactKVError, match=message):
         RTN(**settings)
     with pytest.raises(dataclasses.FrozenInstanceError):

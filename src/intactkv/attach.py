@@ -384,8 +384,8 @@ class _Call:
             kept = kept.nonzero()[:, 0] if kept.dtype == torch.bool else kept % self.length
         if output.ndim != 3 or output.shape[1] != len(kept):
             raise RuntimeError(
-                f"the output embedding gave shape {tuple(output.shape)} for {len(kept)} kept positions, so prefix logits "
-                "cannot be put in their place; this model's head is not supported"
+                f"the output embedding gave shape {tuple(output.shape)} for {len(kept)} kept positions, so prefix "
+                "logits cannot be put in their place; this model's head is not supported"
             )
         intact = self.attachment.kv.logits.to(output.device, output.dtype)
         if output.shape[2] != intact.shape[1]:
@@ -415,8 +415,8 @@ def _put(x: Tensor, intact: Tensor, sites: Sites, layer: int) -> Tensor:
     """`x` `(batch, head, token, dim)` with `intact` `(prefix, head, dim)` at `sites`; differentiable in both."""
     if (x.shape[1], x.shape[3]) != intact.shape[1:]:
         raise IntactKVError(
-            f"layer {layer} has (head, dim) {(x.shape[1], x.shape[3])} in this call, the intact KV {tuple(intact.shape[1:])}; "
-            "tensor-parallel models are not supported, otherwise capture it from this model"
+            f"layer {layer} has (head, dim) {(x.shape[1], x.shape[3])} in this call, the intact KV has "
+            f"{tuple(intact.shape[1:])}; tensor-parallel models are not supported, otherwise capture it again"
         )
     sites = sites.to(x.device)
     return x.transpose(1, 2).index_put((sites.row, sites.col), intact[sites.index]).transpose(1, 2)
