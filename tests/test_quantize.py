@@ -230,6 +230,14 @@ def test_a_refused_model_leaves_no_files(tmp_path: Path) -> None:
         assert os.listdir(tmp_path) == []
 
 
+def test_a_truncated_checkpoint_is_refused(tmp_path: Path) -> None:
+    tiny().save_pretrained(tmp_path / "full")
+    weights = tmp_path / "full" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(IntactKVError, match="full is neither a model's folder nor a model on the Hub that can be read"):
+        quantize(tmp_path / "full", tmp_path / "q", method=RTN(4, GROUP))
+
+
 def test_a_quantized_model_is_refused(tmp_path: Path) -> None:
     once = quantize(tiny(), tmp_path / "once", method=RTN(4, GROUP))
     for model in (once, AutoModelForCausalLM.from_pretrained(once)):

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -94,11 +95,12 @@ def quantize(model: PreTrainedModel | str | os.PathLike[str], out: str | os.Path
 def _load(source: Path) -> PreTrainedModel:
     """The full model, fresh from its checkpoint, in the dtype it was saved in."""
     try:
-        config = AutoConfig.from_pretrained(source)
-    except (OSError, ValueError) as error:
+        _refuse_quantized(AutoConfig.from_pretrained(source))
+        return AutoModelForCausalLM.from_pretrained(source, dtype="auto")
+    except IntactKVError:
+        raise
+    except (OSError, ValueError, SafetensorError) as error:
         raise IntactKVError(f"{source} is neither a model's folder nor a model on the Hub that can be read") from error
-    _refuse_quantized(config)
-    return AutoModelForCausalLM.from_pretrained(source, dtype="auto")
 
 
 def _refuse_quantized(config: PreTrainedConfig) -> None:
