@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
@@ -129,7 +129,7 @@ class IntactKV:
         header["digest"] = _digest(header, tensors)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
-            save_file(tensors, temporary, metadata={"intactkv": json.dumps(header, sort_keys=True)})
+            temporary.write_bytes(save(tensors, metadata={"intactkv": json.dumps(header, sort_keys=True)}))
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)

@@ -12,55 +12,71 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.box import SIMPLE
 from rich.table import Table
 
 from intactkv.evaluate import Evaluation, Interval
 from intactkv.pivots import LayerPivot, uniform_mass
 
-_COLUMNS = {
+_SHOWN = {
     "kl_median": "median",
     "kl_99": "99 %",
     "kl_99_9": "99.9 %",
+    "same_top1_percent": "top-1 %",
+    "perplexity": "PPL",
 }
+_DIGITS = {"same_top1_percent": 2, "perplexity": 2}
 
 
 def pivot_table(pivots: Sequence[LayerPivot], length: int) -> Table:
     """One row per layer: how massive the first token is and how much attention it draws."""
-    table = Table(
-        title=f"Pivots at the first token (uniform attention over {length} tokens would be {uniform_mass(length):.3f})"
-    )
+    table = Table(box=SIMPLE, title="Pivots at the first token", padding=(0, 1))
     for heading in ("layer", "hidden state, × median token", "attention mass", "best head"):
         table.add_column(heading, justify="right")
     for p in pivots:
         ratio = "–" if p.ratio is None else f"{p.ratio:.1f}"
         table.add_row(str(p.layer + 1), ratio, f"{p.mass:.3f}", f"{p.best_head:.3f}")
+    table.caption = f"uniform attention over {length} tokens: {uniform_mass(length):.3f}"
     return table
 
 
+def pivot_sentence(pivots: Sequence[LayerPivot], length: int) -> str:
+    """How strong the pivots are beside those of large models, from the upper half of the layers."""
+    upper = pivots[len(pivots) // 2 :]
+    mass = sum(p.mass for p in upper) / len(upper)
+    ratio = max((p.ratio for p in pivots if p.ratio is not None), default=float("nan"))
+    strength = "weak" if mass < 0.3 or ratio < 20 else "real"
+    return (
+        f"Its pivots are {strength}: {100 * mass:.0f} % of attention in the upper half of the layers (uniform: "
+        f"{100 * uniform_mass(length):.0f} %) and a hidden state up to {ratio:.0f}× the median token's, where large "
+        "models show over 50 % and up to 1000×."
+    )
+
+
 def arms_table(figures: dict[str, Any], *, title: str) -> Table:
-    """The three-arm table from `Evaluation.to_dict()`: KL to the full model with intervals, top-1, perplexity."""
-    table = Table(title=title)
-    table.add_column("arm")
-    table.add_column("KL mean [95 %]", justify="right")
-    for heading in _COLUMNS.values():
-        table.add_column(heading, justify="right")
-    table.add_column("same top-1 %", justify="right")
-    table.add_column("perplexity [95 %]", justify="right")
+    """The three-arm table from `Evaluation.to_dict()`: KL to the full model with its interval, top-1, perplexity."""
+    table = Table(box=SIMPLE, title=title, padding=(0, 1, 0, 0))
+    table.add_column("arm", no_wrap=True)
+    for heading in ("KL mean [95 %]", *_SHOWN.values()):
+        table.add_column(heading, justify="right", no_wrap=True)
     for name, row in figures["arms"].items():
-        shown = [f"{row[metric]['value']:.4f}" for metric in _COLUMNS]
-        kl, top1 = _with_interval(row["kl_mean"], 4), f"{row['same_top1_percent']['value']:.2f}"
-        if name == "full":
-            kl, shown, top1 = "0", ["0"] * len(_COLUMNS), "100"
-        table.add_row(name, kl, *shown, top1, _with_interval(row["perplexity"], 2))
+        shown = [f"{row[metric]['value']:.{_DIGITS.get(metric, 4)}f}" for metric in _SHOWN]
+        kl = row["kl_mean"]
+        interval = "" if kl["low"] is None else f" [{kl['low']:.4f}, {kl['high']:.4f}]"
+        table.add_row(name, f"{kl['value']:.4f}{interval}", *shown)
     return table
 
 
 def sentences(evaluation: Evaluation, *, seed: int = 0) -> list[str]:
-    """One sentence for each pair of arms that says what its interval allows to say, and no more."""
+    """One sentence for each pair of arms that says what its intervals allow to say, and no more."""
     said = []
     for own, intact in evaluation.pairs:
         gap = evaluation.gap_closed(own=own, intact=intact, seed=seed)
-        said.append(f"{intact} against {own}: {verdict(gap)}.")
+        perplexity = evaluation.difference(own=own, intact=intact, seed=seed)["perplexity"]
+        said.append(
+            f"{intact}: {verdict(gap)}; perplexity changes by {-perplexity.value:+.3f} "
+            f"({-perplexity.high:+.3f} to {-perplexity.low:+.3f})."
+        )
     return said
 
 
@@ -70,8 +86,8 @@ def verdict(gap: Interval) -> str:
     if gap.low > 0:
         return f"the intact prefix closes {share} of the KL to the full model"
     if gap.high < 0:
-        return f"the intact prefix makes it worse, closing {share} of the KL to the full model"
-    return f"no effect that this text can show: the intact prefix closes {share} of the KL to the full model"
+        return f"the intact prefix makes it worse: it closes {share} of the KL to the full model"
+    return f"no effect that this text can show: {share} of the KL to the full model closed"
 
 
 def write_json(path: str | os.PathLike[str], data: dict[str, Any]) -> Path:
@@ -89,10 +105,3 @@ def write_json(path: str | os.PathLike[str], data: dict[str, Any]) -> Path:
     finally:
         temporary.unlink(missing_ok=True)
     return path
-
-
-def _with_interval(figure: dict[str, float | None], digits: int) -> str:
-    low, high = figure["low"], figure["high"]
-    if low is None or high is None:
-        return f"{figure['value']:.{digits}f}"
-    return f"{figure['value']:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"

@@ -1,0 +1,169 @@
+"""The command line: capture, eval, generate, demo. Errors are one sentence on stderr and exit code 1."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import Progress
+from transformers import PreTrainedTokenizerBase
+
+from intactkv.capture import capture, tokenizer_digest
+from intactkv.demo.run import run as run_demo
+from intactkv.evaluate import paper_windows, prefixed_windows, three_arms
+from intactkv.generate import continuation, encode
+from intactkv.kv import IntactKV, IntactKVError
+from intactkv.load import load_model, load_tokenizer, read_text
+from intactkv.prefix import bos, chat_prefix, text_prefix
+from intactkv.report import arms_table, sentences, write_json
+
+app = typer.Typer(
+    help="Keep a quantized language model's memory of its first tokens in full precision.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+console = Console()
+
+Model = Annotated[str, typer.Argument(help="The model: a folder or a name on the Hub.", metavar="MODEL")]
+Full = Annotated[str, typer.Option("--full", help="The full-precision model it was quantized from.", metavar="MODEL")]
+KV = Annotated[Path, typer.Option("--kv", help="The intact KV, written by `intactkv capture`.", metavar="KV")]
+
+
+@app.command("capture")
+def capture_command(
+    model: Model,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The file to write.", metavar="KV")],
+    prefix: Annotated[
+        str,
+        typer.Option(help="`bos`, `chat` (what the chat template begins with), or the text that prompts begin with."),
+    ] = "bos",
+    system: Annotated[str | None, typer.Option(help="The system prompt, with `--prefix chat`.")] = None,
+    ids: Annotated[str | None, typer.Option(help="Explicit token ids instead, such as `1,887,526`.")] = None,
+) -> None:
+    """Let the full-precision MODEL compute the keys and values of a prefix, and save them."""
+    tokenizer = load_tokenizer(model)
+    chosen = _ids(ids) if ids is not None else _prefix(tokenizer, prefix, system)
+    with console.status(f"loading {model}"):
+        full = load_model(model)
+    with console.status(f"capturing {len(chosen)} tokens"):
+        kv = capture(full, chosen, tokenizer=tokenizer)
+        kv.save(out)
+    console.print(f"{out}: {kv}")
+    console.print(f"prefix {chosen} = {tokenizer.decode(chosen)!r}", markup=False)
+
+
+@app.command("eval")
+def eval_command(
+    model: Model,
+    full: Full,
+    kv: KV,
+    data: Annotated[Path, typer.Option(help="A UTF-8 text file to measure on.", metavar="TEXT")],
+    window: Annotated[int, typer.Option(help="Tokens in one window, prefix included.")] = 512,
+    paper: Annotated[
+        bool, typer.Option("--paper", help="The paper's protocol: each window's first token overwritten by BOS.")
+    ] = False,
+    batch_size: Annotated[int, typer.Option(help="Windows in one forward.", min=1)] = 8,
+    windows: Annotated[int | None, typer.Option(help="Use only the first so many windows.", min=2)] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write all figures as JSON.", metavar="JSON")] = None,
+) -> None:
+    """Compare three arms on a text: the full model, MODEL with its own prefix, MODEL with the intact prefix."""
+    artifact, tokenizer, text = IntactKV.load(kv), load_tokenizer(full), read_text(data)
+    _check_tokenizer(artifact, tokenizer, full)
+    tokens = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    if paper:
+        if len(artifact) != 1:
+            raise IntactKVError(f"--paper overwrites one token by BOS, but {kv} holds {len(artifact)}; capture `bos`")
+        measured = paper_windows(tokens, bos=int(artifact.ids[0]), window=window)
+    else:
+        measured = prefixed_windows(tokens, prefix=artifact.ids, window=window)
+    if windows is not None:
+        measured = type(measured)(measured.ids[:windows], measured.scored[:windows])
+    with console.status("loading both models"):
+        full_model, quantized = load_model(full), load_model(model)
+    with Progress(console=console, transient=True) as bar:
+        task = bar.add_task("three arms", total=len(measured))
+        evaluation = three_arms(
+            full_model, quantized, artifact, measured, batch_size=batch_size,
+            progress=lambda done, total: bar.update(task, completed=done),
+        )  # fmt: skip
+    figures = evaluation.to_dict()
+    title = f"{figures['windows']} windows of {figures['window']} tokens, {figures['scored_tokens']} scored"
+    console.print(arms_table(figures, title=title))
+    for sentence in sentences(evaluation):
+        console.print(sentence, highlight=False)
+    if out is not None:
+        write_json(
+            out, {"model": model, "full": full, "kv": str(kv), "provenance": dict(artifact.provenance), **figures}
+        )
+
+
+@app.command("generate")
+def generate_command(
+    model: Model,
+    prompt: Annotated[str, typer.Argument(help="The text to continue.")],
+    kv: Annotated[Path | None, typer.Option("--kv", help="An intact KV to attach.", metavar="KV")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="How many tokens to generate.", min=1)] = 50,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Put the prompt into the chat template as the user's message.")
+    ] = False,
+    temperature: Annotated[
+        float, typer.Option(help="0 chooses the likeliest token; above, tokens are sampled.", min=0.0)
+    ] = 0.0,
+    seed: Annotated[int, typer.Option(help="The seed of sampling.")] = 0,
+) -> None:
+    """Continue a prompt with MODEL, with an intact KV attached if one is given."""
+    tokenizer = load_tokenizer(model)
+    artifact = None if kv is None else IntactKV.load(kv)
+    with console.status(f"loading {model}"):
+        loaded = load_model(model)
+    ids = encode(tokenizer, prompt, chat=chat, kv=artifact)
+    torch.manual_seed(seed)
+    sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    with console.status("generating"):
+        text = continuation(loaded, tokenizer, ids, kv=artifact, max_new_tokens=max_new_tokens, **sampling)
+    console.print(text, markup=False, highlight=False)
+
+
+@app.command("demo")
+def demo_command(
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write to.")] = Path("intactkv-demo"),
+) -> None:
+    """Show the whole story offline, on the small model inside this package: the main job in one command."""
+    run_demo(out, console)
+
+
+def main() -> None:
+    """The entry point: what went wrong is one sentence, never a traceback."""
+    try:
+        app()
+    except (IntactKVError, OSError) as error:
+        Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False)
+        sys.exit(1)
+
+
+def _prefix(tokenizer: PreTrainedTokenizerBase, prefix: str, system: str | None) -> list[int]:
+    if system is not None and prefix != "chat":
+        raise IntactKVError(f"--system goes with --prefix chat, not with --prefix {prefix!r}; add --prefix chat")
+    if prefix == "bos":
+        return bos(tokenizer)
+    return chat_prefix(tokenizer, system=system) if prefix == "chat" else text_prefix(tokenizer, prefix)
+
+
+def _ids(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise IntactKVError(f"--ids {text!r} is no list of numbers; write it like 1,887,526") from None
+
+
+def _check_tokenizer(kv: IntactKV, tokenizer: PreTrainedTokenizerBase, source: str) -> None:
+    digest = kv.provenance.get("tokenizer")
+    if digest is not None and digest != tokenizer_digest(tokenizer):
+        raise IntactKVError(
+            f"the tokenizer of {source} is not the one the intact KV was captured with; capture it again"
+        )
