@@ -1,0 +1,161 @@
+"""The commands as a user runs them: what they print, write, and say when something is wrong."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from intactkv import IntactKV
+from intactkv.demo import MODEL, TEXT
+from intactkv.load import load_model, load_tokenizer
+
+pytest.importorskip("llmcompressor")
+
+
+def intactkv(*args: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run the command line in a process of its own, as its users do."""
+    return subprocess.run(
+        [sys.executable, "-c", "from intactkv.cli import main; main()", *map(str, args)],
+        capture_output=True, text=True, cwd=cwd, timeout=300, env=None,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A finished demo: its folder and what it printed."""
+    folder = tmp_path_factory.mktemp("demo")
+    done = intactkv("demo", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    return folder / "intactkv-demo", done.stdout
+
+
+def test_the_demo_writes_what_it_says(demo: tuple[Path, str]) -> None:
+    folder, printed = demo
+    figures = json.loads((folder / "demo.json").read_text())
+    assert set(figures["arms"]) == {"full", "4-bit own", "4-bit intact", "3-bit own", "3-bit intact"}
+    for name in ("3-bit own", "3-bit intact"):
+        kl = figures["arms"][name]["kl_mean"]
+        assert kl["low"] < kl["value"] < kl["high"]
+        assert f"{kl['value']:.4f}" in printed
+    assert {pair["intact"] for pair in figures["pairs"]} == {"4-bit intact", "3-bit intact"}
+    assert figures["made_by"]["versions"]["torch"] == torch.__version__
+    assert (folder / "kl_by_position.png").read_bytes().startswith(b"\x89PNG")
+    kv = IntactKV.load(folder / "bos.intactkv.safetensors")
+    assert kv.ids.tolist() == [load_tokenizer(MODEL).bos_token_id]
+
+
+def test_the_demos_sentences_follow_from_its_intervals(demo: tuple[Path, str]) -> None:
+    figures = json.loads((demo[0] / "demo.json").read_text())
+    for pair, sentence in zip(figures["pairs"], figures["sentences"], strict=True):
+        gap = pair["gap_closed"]
+        assert ("closes +" in sentence) == (gap["low"] > 0)
+        assert ("makes it worse" in sentence) == (gap["high"] < 0)
+        assert ("no effect" in sentence) == (gap["low"] <= 0 <= gap["high"])
+
+
+def test_the_demos_checkpoints_are_packed_and_load(demo: tuple[Path, str]) -> None:
+    for bits in (3, 4):
+        tensors = load_file(demo[0] / f"w{bits}" / "model.safetensors")
+        packed = sum(t.numel() * 4 for name, t in tensors.items() if name.endswith("weight_packed"))
+        shapes = [t.tolist() for name, t in tensors.items() if name.endswith("weight_shape")]
+        assert packed == sum(rows * columns * bits // 8 for rows, columns in shapes)
+        assert load_model(demo[0] / f"w{bits}").config.quantization_config is not None
+
+
+def test_a_second_demo_run_replaces_the_first(demo: tuple[Path, str]) -> None:
+    before = json.loads((demo[0] / "demo.json").read_text())
+    assert intactkv("demo", "--out", demo[0]).returncode == 0
+    after = json.loads((demo[0] / "demo.json").read_text())
+    assert after["arms"] == before["arms"]
+
+
+def test_capture_eval_and_generate_on_paths(demo: tuple[Path, str], tmp_path: Path) -> None:
+    kv, figures = tmp_path / "kv.safetensors", tmp_path / "eval.json"
+    done = intactkv("capture", MODEL, "-o", kv)
+    assert done.returncode == 0, done.stderr
+    assert IntactKV.load(kv).provenance["tokenizer"] is not None
+
+    done = intactkv(
+        "eval", demo[0] / "w3", "--full", MODEL, "--kv", kv, "--data", TEXT, "--window", "64", "--windows", "6",
+        "-o", figures,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    data = json.loads(figures.read_text())
+    assert data["windows"] == 6
+    assert data["scored_tokens"] == 6 * 62
+    assert data["arms"]["own"]["kl_mean"]["value"] > 0
+
+    for more in ([], ["--kv", kv], ["--kv", kv, "--temperature", "0.7"]):
+        done = intactkv("generate", demo[0] / "w3", "The river", "--max-new-tokens", "5", *more)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.strip()
+
+
+def test_the_paper_protocol_and_other_prefixes(demo: tuple[Path, str], tmp_path: Path) -> None:
+    kv = tmp_path / "text.safetensors"
+    done = intactkv("capture", MODEL, "-o", kv, "--prefix", "The history of")
+    assert done.returncode == 0, done.stderr
+    assert len(IntactKV.load(kv)) >= 2
+    done = intactkv("eval", demo[0] / "w3", "--full", MODEL, "--kv", kv, "--data", TEXT, "--paper")
+    assert done.returncode == 1
+    assert "overwrites one token" in done.stderr
+    bos = demo[0] / "bos.intactkv.safetensors"
+    done = intactkv(
+        "eval", demo[0] / "w3", "--full", MODEL, "--kv", bos, "--data", TEXT, "--paper", "--window", "64",
+        "--windows", "4",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "4 windows of 64 tokens, 248 scored" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["capture", "./nowhere", "-o", "kv"], "./nowhere is not a folder"),
+        (["capture", MODEL, "-o", "kv", "--ids", "1,x"], "is no list of numbers"),
+        (["capture", MODEL, "-o", "kv", "--ids", "99999999"], "ids outside 0…"),
+        (["capture", MODEL, "-o", "missing/kv"], "does not exist; create it first"),
+        (["capture", MODEL, "-o", "kv", "--system", "Be brief."], "--system goes with --prefix chat"),
+        (["generate", MODEL, "Hi", "--kv", "absent"], "absent is not a file"),
+        (["eval", MODEL, "--full", MODEL, "--kv", "absent", "--data", TEXT], "absent is not a file"),
+        (["generate", ".", "Hi"], "no tokenizer that can be loaded"),
+    ],
+)
+def test_errors_are_one_sentence_without_traceback(command: list[str], message: str, tmp_path: Path) -> None:
+    done = intactkv(*command, cwd=tmp_path)
+    assert done.returncode == 1
+    assert message in " ".join(done.stderr.split())
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_usage_errors_and_help() -> None:
+    assert intactkv("eval").returncode == 2
+    assert intactkv("nonsense").returncode == 2
+    for command in ("capture", "eval", "generate", "demo"):
+        done = intactkv(command, "--help")
+        assert done.returncode == 0
+        assert "Usage" in done.stdout
+
+
+def test_a_checkpoint_with_missing_or_unexpected_tensors_is_refused(tmp_path: Path) -> None:
+    from intactkv import IntactKVError
+
+    folder = tmp_path / "model"
+    full = load_model(MODEL)
+    full.save_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    save_file({k: v for k, v in tensors.items() if k != name}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(IntactKVError, match="missing keys such as model.layers.0.mlp.up_proj.weight"):
+        load_model(folder)
+    save_file({**tensors, "model.layers.0.online_transform": torch.ones(2)}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(IntactKVError, match="unexpected keys such as model.layers.0.online_transform"):
+        load_model(folder)
