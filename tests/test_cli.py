@@ -156,6 +156,8 @@ def test_a_checkpoint_with_missing_or_unexpected_tensors_is_refused(tmp_path: Pa
     save_file({k: v for k, v in tensors.items() if k != name}, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(IntactKVError, match="missing keys such as model.layers.0.mlp.up_proj.weight"):
         load_model(folder)
-    save_file({**tensors, "model.layers.0.online_transform": torch.ones(2)}, folder / "model.safetensors", {"format": "pt"})
+    save_file(
+        {**tensors, "model.layers.0.online_transform": torch.ones(2)}, folder / "model.safetensors", {"format": "pt"}
+    )
     with pytest.raises(IntactKVError, match="unexpected keys such as model.layers.0.online_transform"):
         load_model(folder)

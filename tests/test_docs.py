@@ -1,0 +1,39 @@
+"""The pages tell the truth: file tree, architectures, commands."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from models import ARCHITECTURES
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_file_tree_names_every_source_file_and_nothing_else() -> None:
+    tree = README[README.rindex("## Files") :]
+    named = set(re.findall(r"(\w+\.py)\b", tree[: tree.index("tests/")]))
+    there = {p.name for p in (ROOT / "src/intactkv").glob("**/*.py")} - {"__init__.py", "run.py"}
+    assert named == there
+
+
+def test_the_architecture_page_is_of_this_table() -> None:
+    page = (ROOT / "docs/architectures.md").read_text()
+    rows = re.findall(r"^\| ([a-z0-9-]+) \|", page, re.MULTILINE)
+    assert rows[1:] == [a.name for a in ARCHITECTURES]
+    assert f"the {len(ARCHITECTURES)} architectures" in README
+    for row in page.splitlines():
+        if row.startswith("| ") and not row.startswith("| architecture"):
+            figures = [float(f) for f in re.findall(r"\d\.?\d*e-\d+", row)]
+            assert all(f <= 1e-4 for f in figures), row
+
+
+def test_the_readme_has_exactly_two_commands() -> None:
+    assert len(re.findall(r"^```sh$", README, re.MULTILINE)) == 2
+
+
+@pytest.mark.parametrize("command", ["capture", "eval", "generate", "demo"])
+def test_the_readme_names_every_command(command: str) -> None:
+    assert re.search(rf"^intactkv {command}\b", README, re.MULTILINE)
