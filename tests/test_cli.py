@@ -154,10 +154,10 @@ def test_a_checkpoint_with_missing_or_unexpected_tensors_is_refused(tmp_path: Pa
     tensors = load_file(folder / "model.safetensors")
     name = "model.layers.0.mlp.up_proj.weight"
     save_file({k: v for k, v in tensors.items() if k != name}, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(IntactKVError, match="missing keys such as model.layers.0.mlp.up_proj.weight"):
+    with pytest.raises(IntactKVError, match=r"missing keys such as model\.layers\.0\.mlp"):
         load_model(folder)
     save_file(
         {**tensors, "model.layers.0.online_transform": torch.ones(2)}, folder / "model.safetensors", {"format": "pt"}
     )
-    with pytest.raises(IntactKVError, match="unexpected keys such as model.layers.0.online_transform"):
+    with pytest.raises(IntactKVError, match=r"unexpected keys such as model\.layers\.0\.online"):
         load_model(folder)
