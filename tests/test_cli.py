@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -12,25 +15,41 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from intactkv import IntactKV
+from intactkv.cli import main
 from intactkv.demo import MODEL, TEXT
 from intactkv.load import load_model, load_tokenizer
 
 pytest.importorskip("llmcompressor")
 
 
-def intactkv(*args: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """Run the command line in a process of its own, as its users do."""
-    return subprocess.run(
-        [sys.executable, "-c", "from intactkv.cli import main; main()", *map(str, args)],
-        capture_output=True, text=True, cwd=cwd, timeout=300, env=None,
-    )  # fmt: skip
+@dataclass
+class Done:
+    """What a finished command left: exit code and the two streams."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def intactkv(*args: str | Path, cwd: Path | None = None) -> Done:
+    """Run the command line in this process: importing torch anew for each command would take most of the time."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        patch.setattr(sys, "argv", ["intactkv", *map(str, args)])
+        patch.chdir(cwd or Path.cwd())
+        try:
+            main()
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else 1
+    return Done(code, out.getvalue(), err.getvalue())
 
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A finished demo: its folder and what it printed."""
     folder = tmp_path_factory.mktemp("demo")
-    done = intactkv("demo", cwd=folder)
+    command = [Path(sys.executable).parent / "intactkv", "demo"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     return folder / "intactkv-demo", done.stdout
