@@ -73,7 +73,7 @@ ARCHITECTURES = [
                   n_group=2, topk_group=1, first_k_dense_replace=1, n_shared_experts=1,
                   note="MLA: what is cached, K and V of different width"),
     _architecture("olmo2", "Olmo2", **_GQA),
-    _architecture("granite", "Granite", **_GQA, note="scaled logits"),
+    _architecture("granite", "Granite", **_GQA, tolerance=3e-5, note="scaled logits, attention scale 1"),
     _architecture("smollm3", "SmolLM3", **_GQA, note="layers without positions"),
     _architecture("glm4", "Glm4", **_GQA, head_dim=16),
     _architecture("starcoder2", "Starcoder2", **_GQA),
@@ -117,14 +117,16 @@ def by_name(name: str) -> Architecture:
 
 
 def rounded(model: PreTrainedModel, bits: int = 3) -> PreTrainedModel:
-    """A copy with every matrix but the embeddings rounded to `bits`, per output row: a stand-in for a quantizer."""
+    """A copy with every matrix but the embeddings rounded to `bits` in groups of 32: a stand-in for a quantizer."""
     model = copy.deepcopy(model)
     kept = {id(p) for e in (model.get_input_embeddings(), model.get_output_embeddings()) for p in e.parameters()}
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim >= 2 and id(parameter) not in kept:
-                scale = parameter.abs().amax(-1, keepdim=True) / (2 ** (bits - 1) - 1)
-                parameter.copy_((parameter / scale.clamp(min=1e-9)).round() * scale)
+                groups = parameter.reshape(-1, 32 if parameter.numel() % 32 == 0 else parameter.shape[-1])
+                low, high = groups.amin(1, keepdim=True), groups.amax(1, keepdim=True)
+                scale = ((high - low) / (2**bits - 1)).clamp(min=1e-9)
+                parameter.copy_((((groups - low) / scale).round() * scale + low).view_as(parameter))
     return model
 
 

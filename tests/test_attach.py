@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -178,6 +179,138 @@ def test_a_cropped_cache_goes_on_right_inside_and_after_the_prefix(pair: Any, cr
     assert differ(got[-15:], want[-15:]) <= TOLERANCE
 
 
+def test_a_row_that_leaves_the_prefix_after_a_crop_does_not_get_the_rest_of_it(pair: Any) -> None:
+    model, kv = pair
+    cache, ids = DynamicCache(config=model.config), prompts()[:1]
+    other = ids.clone()
+    other[0, 1] = 30  # cropped to [BOS], then another token, then the prefix's third
+    part = IntactKV(
+        kv.ids[:1], {i: (k[:, :1], v[:, :1]) for i, (k, v) in kv.layers.items()}, kv.logits[:1], kv.fingerprint
+    )
+    want = reference_logits(model, part, other[0])
+    with attach(model, kv):
+        model(ids, past_key_values=cache)
+        cache.crop(1 - 20)
+        steps = [model(other[:, t : t + 1], past_key_values=cache).logits[0] for t in range(1, 20)]
+    assert differ(torch.cat(steps), want) <= TOLERANCE
+
+
+@torch.no_grad()
+def test_rows_reordered_inside_the_prefix_are_told_by_what_the_cache_holds(pair: Any) -> None:
+    model, kv = pair
+    ids = prompts()[:2]
+    ids[1, 1] = 40  # row 1 shares one token only
+    with attach(model, kv):
+        want = model(ids).logits
+        cache = DynamicCache(config=model.config)
+        model(ids[:, :2], past_key_values=cache)
+        cache.reorder_cache(torch.tensor([1, 0]))
+        swapped = [model(ids[[1, 0], t : t + 1], past_key_values=cache).logits for t in range(2, 8)]
+    assert differ(torch.cat(swapped, 1), want[[1, 0], 2:8]) <= TOLERANCE
+
+
+@torch.no_grad()
+def test_right_padded_rows_go_on_at_their_own_positions(pair: Any) -> None:
+    model, kv = pair
+    ids, mask, _ = padded(rows(), "right")
+    new = prompts(rows=3, seed=9)[:, -3:]
+    want = [reference_logits(model, kv, torch.cat([row, new[i]]))[-3:] for i, row in enumerate(rows())]
+    cache, steps = DynamicCache(config=model.config), []
+    with attach(model, kv):
+        model(ids, attention_mask=mask, past_key_values=cache)
+        for t in range(3):
+            mask = torch.cat([mask, torch.ones(3, 1, dtype=mask.dtype)], 1)
+            steps.append(model(new[:, t : t + 1], attention_mask=mask, past_key_values=cache).logits)
+    for i in range(3):
+        assert differ(torch.cat(steps, 1)[i], want[i]) <= TOLERANCE
+
+
+@torch.no_grad()
+def test_caches_of_another_artifact_or_another_size_are_refused(pair: Any) -> None:
+    model, kv = pair
+    other = IntactKV(kv.ids, {i: (k + 1, v) for i, (k, v) in kv.layers.items()}, kv.logits, kv.fingerprint)
+    with attach(model, kv):
+        with pytest.raises(IntactKVError, match="with another intact KV"):
+            model(prompts()[:1, P:], past_key_values=other.cache(model))
+        with pytest.raises(IntactKVError, match="made for 1 rows and is used with 3"):
+            model(prompts()[:, P:], past_key_values=kv.cache(model))
+        again = copy.deepcopy(kv)  # the same artifact, loaded twice, is the same
+        model(prompts()[:1, P:], past_key_values=again.cache(model))
+
+
+@torch.no_grad()
+def test_a_prefilled_cache_before_padding_counts_positions_right(pair: Any) -> None:
+    model, kv = pair
+    row = rows()[1]
+    rest = torch.cat([torch.zeros(4, dtype=torch.int64), row[P:]])[None]
+    mask = torch.cat([torch.ones(P), torch.zeros(4), torch.ones(len(row) - P)])[None].long()
+    want = reference_logits(model, kv, row)
+    with attach(model, kv):
+        logits = model(rest, past_key_values=kv.cache(model), attention_mask=mask).logits[0, 4:]
+    assert differ(logits, want) <= TOLERANCE
+
+
+@torch.no_grad()
+def test_threads_on_one_model_do_not_mix(pair: Any) -> None:
+    model, kv = pair
+    want = [torch.stack(want_rows(model, kv, list(prompts(seed=s)))) for s in range(4)]
+
+    def work(seed: int) -> float:
+        with torch.no_grad():  # per thread
+            return max(differ(model(prompts(seed=seed)).logits[:, P:], want[seed]) for _ in range(20))
+
+    with attach(model, kv), ThreadPoolExecutor(4) as pool:
+        assert max(pool.map(work, range(4))) <= TOLERANCE
+
+
+@torch.no_grad()
+def test_a_cache_with_an_update_of_its_own_keeps_it(pair: Any) -> None:
+    model, kv = pair
+    cache, seen = DynamicCache(config=model.config), []
+    original = cache.update
+
+    def own(key: Tensor, value: Tensor, layer: int, *args: Any, **kwargs: Any) -> Any:
+        seen.append(layer)
+        return original(key, value, layer, *args, **kwargs)
+
+    cache.update = own
+    with attach(model, kv):
+        model(prompts(), past_key_values=cache)
+    assert cache.update is own
+    assert seen == [0, 1, 2]
+
+
+@torch.no_grad()
+def test_an_interrupted_forward_leaves_nothing_behind(pair: Any) -> None:
+    model, kv = pair
+    cache = DynamicCache(config=model.config)
+    want = reference_logits(model, kv, prompts()[0])
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with attach(model, kv) as handle:
+        hook = model.model.layers[1].register_forward_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            model(prompts(), past_key_values=cache)
+        hook.remove()
+        assert differ(model(prompts()).logits[0, P:], want) <= TOLERANCE
+        assert "update" not in vars(cache)
+        hook = model.model.layers[1].register_forward_hook(lambda *_: handle.remove())
+        model(prompts(), past_key_values=(fresh := DynamicCache(config=model.config)))
+        hook.remove()
+        assert "update" not in vars(fresh)
+
+
+def test_an_attached_model_can_be_saved_but_not_copied(pair: Any, tmp_path: Any) -> None:
+    model, kv = copy.deepcopy(pair[0]), pair[1]
+    with attach(model, kv):
+        with pytest.raises(IntactKVError, match="cannot be copied or pickled"):
+            copy.deepcopy(model)
+        model.save_pretrained(tmp_path)
+    assert torch.equal(type(model).from_pretrained(tmp_path).lm_head.weight, model.lm_head.weight)
+
+
 @torch.no_grad()
 def test_conversation_goes_on_with_the_returned_cache_and_with_a_copy_of_it(pair: Any) -> None:
     model, kv = pair
@@ -346,6 +479,18 @@ def test_compiled_static_decoding_has_no_graph_break_and_the_same_graph(pair: An
     assert differ(results[0], results[1]) > 100 * TOLERANCE
 
 
+def test_a_compiled_step_inside_the_prefix_replaces_too(pair: Any) -> None:
+    model, kv = pair
+    row = prompts()[0]
+    want = reference_logits(model, kv, row)
+    torch._dynamo.reset()
+    with torch.no_grad(), attach(model, kv):
+        step, cache = torch.compile(model, backend="eager"), DynamicCache(config=model.config)
+        logits = [step(row[None, t : t + 1], past_key_values=cache).logits[0] for t in range(8)]
+    torch._dynamo.reset()
+    assert differ(torch.cat(logits)[P:], want[: 8 - P]) <= TOLERANCE
+
+
 def test_a_compiled_model_with_prefill_equals_eager(pair: Any) -> None:
     model, kv = pair
     torch._dynamo.reset()
@@ -393,6 +538,35 @@ def test_gradients_reach_the_kv_and_equal_injection(pair: Any, reentrant: bool |
     for a, b in zip(got, want, strict=True):
         assert b.abs().max() > 0
         assert differ(a, b) <= 1e-4 * max(1.0, b.abs().max().item())
+
+
+@torch.no_grad()
+def test_autocast_and_additive_masks_with_a_bias_are_right(pair: Any) -> None:
+    model, kv = pair
+    ids = prompts()
+    bias = torch.full((20, 20), torch.finfo(torch.float32).min).triu(1)[None, None] - 0.5 * torch.rand(1, 1, 20, 20)
+    bias = bias.clamp(min=torch.finfo(torch.float32).min)
+    cache = reference_cache(model, kv)
+    want = model(ids[:1, P:], past_key_values=cache, attention_mask=bias[:, :, P:]).logits
+    with attach(model, kv):
+        assert differ(model(ids[:1], attention_mask=bias).logits[:, P:], want) <= TOLERANCE
+        with torch.autocast("cpu", torch.bfloat16):
+            low = model(ids).logits
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = torch.stack([reference_logits(model, kv, row) for row in ids])
+    assert differ(low[:, P:], plain) <= 0.1
+
+
+def test_gradients_arrive_also_when_they_are_asked_for_after_a_first_call(pair: Any) -> None:
+    model, frozen = pair
+    kv = copy.deepcopy(frozen)
+    with attach(model, kv):
+        with torch.no_grad():
+            model(prompts())
+        for pair_ in kv.layers.values():
+            pair_[1].requires_grad_()
+        model(prompts())[0][:, P:].sum().backward()
+    assert all(value.grad is not None and value.grad.abs().sum() > 0 for _, value in kv.layers.values())
 
 
 # Devices

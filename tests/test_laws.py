@@ -271,7 +271,7 @@ def test_a_prefilled_cache_equals_injection(trio: Any) -> None:
 
 @torch.no_grad()
 def test_float64_equality_is_exact_to_rounding() -> None:
-    for name in ("llama-gqa", "gpt2", "qwen3", "phi3", "opt"):
+    for name in ("llama-gqa", "gpt2", "qwen3", "phi3", "opt", "granite"):
         architecture = next(a for a in ARCHITECTURES if a.name == name)
         full = build(architecture, dtype=torch.float64)
         model, kv = rounded(full), capture(full, PREFIX)

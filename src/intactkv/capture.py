@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Int
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -28,11 +30,12 @@ def capture(
     recorded at `Cache.update`, before a sliding window drops anything. `tokenizer`, if given, is remembered by its
     digest. The model is left as it was, training mode included.
 
-    Raises `IntactKVError` for ids outside the vocabulary, for encoder-decoders, for a model that has an intact KV
-    attached, and for one that does not route its keys and values through `Cache.update`.
+    Raises `IntactKVError` for ids that are no token ids of the vocabulary, for a path without a causal LM, for
+    encoder-decoders, for a model that has an intact KV attached, and for one that does not route its keys and values
+    through `Cache.update`.
     """
     if not isinstance(model, PreTrainedModel):
-        model = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
+        model = _loaded(model)
     if model.config.is_encoder_decoder:
         raise IntactKVError(f"{model.config.model_type} is an encoder-decoder; intact KV needs a decoder-only model")
     if is_attached(model):
@@ -42,21 +45,41 @@ def capture(
         raise IntactKVError(f"{type(model).__name__} has no output embedding; load it with AutoModelForCausalLM")
     prefix = _checked_ids(ids, model.config.get_text_config(decoder=True).vocab_size)
 
-    cache, raw = _Recorder(config=model.config), []
-    handle = head.register_forward_hook(lambda module, args, output: raw.append(output[0].detach().clone()))
-    training = model.training
-    model.eval()
+    raw: list[Tensor] = []
+    handle = head.register_forward_hook(lambda module, args, output: raw.append(output[0].detach().cpu().clone()))
     try:
-        model(input_ids=prefix[None].to(model.device), past_key_values=cache, use_cache=True)
+        batch = recorded(model, prefix[None])
     finally:
         handle.remove()
-        model.train(training)
+    layers = {i: (key[0].clone(), value[0].clone()) for i, (key, value) in batch.items()}
+    return IntactKV(prefix, layers, raw[0], fingerprint(model.config), _provenance(model, tokenizer))
+
+
+@torch.no_grad()
+def recorded(model: PreTrainedModel, ids: Int[Tensor, "batch token"]) -> dict[int, tuple[Tensor, Tensor]]:
+    """What each layer hands to `Cache.update` for `ids`: keys and values `(batch, head, token, dim)` on the CPU.
+
+    Computed in eval mode; the model is left as it was. Raises `IntactKVError` where no layer has keys and values.
+    """
+    cache, training = _Recorder(config=model.config), [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        model(input_ids=ids.to(model.device), past_key_values=cache, use_cache=True)
+    except ValueError as error:
+        if isinstance(error, IntactKVError) or "cache" not in str(error).lower():
+            raise
+        raise IntactKVError(
+            f"{model.config.model_type} does not run with a DynamicCache ({error}); it is not supported"
+        ) from error
+    finally:
+        for module in training:  # one by one: a model may be trained with some of its parts in eval mode
+            module.training = True
     if not cache.recorded:
         raise IntactKVError(
-            f"no layer of {model.config.model_type} called Cache.update; it has no keys and values that could be kept"
+            f"no layer of {model.config.model_type} called Cache.update, so it has no keys and values to "
+            "keep; use a model with attention layers"
         )
-    layers = {i: cache.recorded[i] for i in sorted(cache.recorded)}
-    return IntactKV(prefix, layers, raw[0].cpu(), fingerprint(model.config), _provenance(model, tokenizer))
+    return {i: cache.recorded[i] for i in sorted(cache.recorded)}
 
 
 class _Recorder(DynamicCache):
@@ -71,17 +94,41 @@ class _Recorder(DynamicCache):
     ) -> tuple[Tensor, Tensor]:
         if layer_idx in self.recorded:
             raise IntactKVError(f"layer {layer_idx} updates its cache twice in one forward; this model is unsupported")
-        self.recorded[layer_idx] = (key_states[0].cpu().clone(), value_states[0].cpu().clone())
+        self.recorded[layer_idx] = (key_states.cpu().clone(), value_states.cpu().clone())
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
 
+def _loaded(path: str | os.PathLike[str]) -> PreTrainedModel:
+    if not isinstance(path, str | os.PathLike):
+        raise IntactKVError(
+            f"capture needs a transformers PreTrainedModel or a path, not {type(path).__name__}; give it the model "
+            "inside the wrapper (before torch.compile or PEFT)"
+        )
+    try:
+        return AutoModelForCausalLM.from_pretrained(path, dtype="auto")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise IntactKVError(
+            f"{path} holds no causal LM that transformers can load; give the folder or the Hub name of one"
+        ) from error
+
+
 def _checked_ids(ids: Sequence[int] | Tensor, vocab: int) -> Tensor:
-    prefix = torch.as_tensor(ids, dtype=torch.int64, device="cpu")
+    try:
+        prefix = torch.as_tensor(ids, device="cpu")
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise IntactKVError(f"the prefix is no list of token ids ({error}); give one flat list of integers") from error
     if prefix.ndim != 1 or len(prefix) == 0:
         raise IntactKVError(f"the prefix has shape {tuple(prefix.shape)}; give one flat, non-empty list of token ids")
-    if int(prefix.min()) < 0 or int(prefix.max()) >= vocab:
-        raise IntactKVError(f"the prefix {prefix.tolist()} has ids outside 0…{vocab - 1}, the model's vocabulary")
-    return prefix.clone()
+    if prefix.dtype == torch.bool or prefix.is_floating_point() or prefix.is_complex():
+        raise IntactKVError(f"the prefix holds {prefix.dtype} numbers; give integer ids, as a tokenizer does")
+    prefix = prefix.to(torch.int64, copy=True)
+    outside = prefix[(prefix < 0) | (prefix >= vocab)]
+    if len(outside):
+        raise IntactKVError(
+            f"the prefix holds id {int(outside[0])}, outside 0…{vocab - 1}, the model's vocabulary; "
+            "take the ids from the model's own tokenizer"
+        )
+    return prefix
 
 
 def _provenance(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,38 +22,31 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from intactkv.locate import Progress
 
 FORMAT_VERSION = 1
 
-# Every configuration field, under transformers' standard names, that changes what a decoder hands to its cache.
-_FINGERPRINT_FIELDS = (
-    "model_type",
-    "vocab_size",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "hidden_act",
-    "rms_norm_eps",
-    "layer_norm_eps",
-    "layer_norm_epsilon",
-    "rope_parameters",
-    "partial_rotary_factor",
-    "alibi",
-    "layer_types",
-    "sliding_window",
-    "attention_chunk_size",
-    "num_kv_shared_layers",
-    "kv_lora_rank",
-    "qk_nope_head_dim",
-    "qk_rope_head_dim",
-    "v_head_dim",
-    "num_experts",
-    "num_local_experts",
-    "num_experts_per_tok",
+# Every configuration field, under transformers' standard names, that changes what a decoder hands to its cache:
+# found by changing one field at a time in a hundred architectures (tests/test_kv.py does so for those we name).
+_FINGERPRINT_FIELDS = tuple(
+    """
+    model_type vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim
+    hidden_act hidden_activation activation activation_function activation_sparsity_pattern
+    rms_norm_eps layer_norm_eps layer_norm_epsilon norm_eps norm_epsilon use_qk_norm
+    rope_parameters partial_rotary_factor rotary_dim rotary_value rope_interleave no_rope_layers layer_rope_theta alibi
+    layer_types sliding_window attention_chunk_size num_kv_shared_layers use_bidirectional_attention
+    kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim
+    query_pre_attn_scalar attention_multiplier scale_attn_weights scale_attn_by_inverse_layer_idx clip_qkv
+    attn_config.clip_qkv attn_config.softmax_scale attn_config.alibi attention_value_scale
+    embedding_multiplier embedding_scale scale_embedding rescale_embeddings residual_multiplier mup_enabled
+    apply_residual_connection_post_layernorm use_parallel_residual
+    altup_active_idx altup_correct_scale hc_eps hc_magnitude hc_sinkhorn_iters H_cycles L_cycles
+    num_experts num_local_experts num_experts_per_tok moe_topk n_group topk_group norm_topk_prob scoring_func
+    expert_selection_fn routed_scaling_factor moe_routed_scaling_factor router_scaling_factor route_scale
+    moe_router_logit_softcapping router_jitter_noise swiglu_alpha swiglu_limit linear_allow_neg_eigval
+    """.split()  # noqa: SIM905
 )
 
 
@@ -96,6 +90,11 @@ class IntactKV:
         return sum(t.numel() * t.element_size() for pair in self.layers.values() for t in pair)
 
     @property
+    def digest(self) -> str:
+        """SHA-256 over ids, keys, values and logits: what tells one artifact from another."""
+        return _digest({}, {name: t.detach().cpu() for name, t in self.tensors.items()})
+
+    @property
     def tensors(self) -> dict[str, Tensor]:
         """All tensors under the names they have in the file."""
         named = {"ids": self.ids, "logits": self.logits}
@@ -105,19 +104,23 @@ class IntactKV:
 
     def to(self, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> IntactKV:
         """A copy on `device` with keys, values and logits in `dtype`; `ids` keep their integer type."""
-        layers = {
-            i: (key.to(device=device, dtype=dtype), value.to(device=device, dtype=dtype))
-            for i, (key, value) in self.layers.items()
-        }
-        logits = self.logits.to(device=device, dtype=dtype)
-        return replace(self, ids=self.ids.to(device=device), layers=layers, logits=logits)
+
+        def moved(tensor: Tensor) -> Tensor:
+            return tensor.to(device=device, dtype=dtype, copy=True)
+
+        layers = {i: (moved(key), moved(value)) for i, (key, value) in self.layers.items()}
+        ids = self.ids.to(device=device, copy=True)
+        return replace(self, ids=ids, layers=layers, logits=moved(self.logits))
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the artifact to `path` atomically: a reader sees the old file, the new one, or none, never half.
 
-        Raises `IntactKVError` where the folder of `path` does not exist.
+        Raises `IntactKVError` where the folder of `path` does not exist, where `path` is a folder itself, and where
+        the provenance is no JSON data.
         """
         path = Path(path)
+        if path.is_dir():
+            raise IntactKVError(f"cannot write {path}: it is a folder; name a file in it")
         if not path.parent.is_dir():
             raise IntactKVError(f"cannot write {path}: the folder {path.parent} does not exist; create it first")
         tensors = {name: t.detach().cpu().contiguous().clone() for name, t in self.tensors.items()}
@@ -126,6 +129,13 @@ class IntactKV:
             "fingerprint": dict(self.fingerprint),
             "provenance": dict(self.provenance),
         }
+        try:
+            header = json.loads(json.dumps(header))  # what a reader will see: tuples are lists, keys are text
+        except (TypeError, ValueError) as error:
+            raise IntactKVError(
+                f"cannot write {path}: the fingerprint or the provenance is no JSON data ({error}); "
+                "keep only text, numbers, lists and dictionaries in them"
+            ) from error
         header["digest"] = _digest(header, tensors)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
@@ -149,7 +159,7 @@ class IntactKV:
             with safe_open(path, framework="pt", device="cpu") as file:
                 text = (file.metadata() or {}).get("intactkv")
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, ValueError) as error:
             raise IntactKVError(f"{path} is truncated or no safetensors file ({error}); capture it again") from error
         header = _header(text, path)
         if _digest(header, tensors) != header["digest"]:
@@ -167,17 +177,21 @@ class IntactKV:
         `attach` is right. Raises `IntactKVError` where `model`'s fingerprint differs or where it has recurrent
         layers, whose state a prefix of keys and values does not restore.
         """
+        if batch_size < 1:
+            raise IntactKVError(f"batch_size={batch_size} must be at least 1; give the number of rows")
         check_fingerprint(self, model.config)
-        cache = PrefixCache(config=model.config)
-        if any(cache.is_linear):
+        uncovered = uncovered_layers(self, model.config)
+        if uncovered:
             raise IntactKVError(
-                f"{model.config.model_type} has recurrent layers, whose state this artifact does not hold; "
-                "use attach(model, kv), which computes the prefix tokens and replaces the attention layers' KV"
+                f"layers {uncovered} of {model.config.model_type} are recurrent layers or keep another state that this "
+                "artifact does not hold; use attach(model, kv), which lets the model compute it"
             )
+        cache = PrefixCache(config=model.config)
         for i, (key, value) in self.layers.items():
             rows = [t.to(model.device, model.dtype).expand(batch_size, *t.shape) for t in (key, value)]
             cache.update(rows[0], rows[1], i)
-        cache.intactkv = Progress(until=len(self), matched=torch.full((batch_size,), len(self)))
+        matched = torch.full((batch_size,), len(self))
+        cache.intactkv = Progress(owner=self.digest, until=len(self), done=True, matched=matched)
         return cache
 
 
@@ -191,8 +205,29 @@ class PrefixCache(DynamicCache):
     ) -> tuple[Tensor, Tensor]:
         layer: Any = self.layers[layer_idx] if layer_idx < len(self.layers) else None
         if layer is not None and layer.is_initialized:
+            if len(layer.keys) != len(key_states):
+                raise IntactKVError(
+                    f"the cache was made for {len(layer.keys)} rows and is used with {len(key_states)}; make it with "
+                    "kv.cache(model, batch_size=rows × beams)"
+                )
             layer.keys, layer.values = layer.keys.to(key_states), layer.values.to(value_states)
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+
+def uncovered_layers(kv: IntactKV, config: PreTrainedConfig) -> list[int]:
+    """Layers that keep more than keys and values of their own from token to token: `kv` does not cover these.
+
+    Recurrent and convolutional states, the keys of sparse-attention indexers, and whatever a layer keeps that has no
+    entry in `kv` and does not share another layer's.
+    """
+    decoder = config.get_text_config(decoder=True)
+    own = decoder.num_hidden_layers - (getattr(decoder, "num_kv_shared_layers", None) or 0)
+    stateful = [
+        i
+        for i, layer in enumerate(DynamicCache(config=config).layers)
+        if isinstance(layer, LinearAttentionCacheLayerMixin) or hasattr(layer, "update_indexer")
+    ]
+    return sorted({*stateful, *(set(range(own)) - set(kv.layers))})
 
 
 def fingerprint(config: PreTrainedConfig) -> dict[str, Any]:
@@ -202,12 +237,26 @@ def fingerprint(config: PreTrainedConfig) -> dict[str, Any]:
     and each of its quantized forms.
     """
     config = config.get_text_config(decoder=True)
-    fields = {name: getattr(config, name, None) for name in _FINGERPRINT_FIELDS}
+    fields = {path: _field(config, path) for path in _FINGERPRINT_FIELDS}
     if fields["head_dim"] is None and fields["hidden_size"] and fields["num_attention_heads"]:
         fields["head_dim"] = fields["hidden_size"] // fields["num_attention_heads"]
     if fields["num_key_value_heads"] is None:
         fields["num_key_value_heads"] = fields["num_attention_heads"]
+    if rope := fields["rope_parameters"]:
+        fields["rope_parameters"] = {name: value for name, value in rope.items() if name != "type"}  # "rope_type" once
+        if rope.get("rope_type") == "longrope":  # scales keys by the ratio of this length to the original one
+            fields["max_position_embeddings"] = config.max_position_embeddings
     return json.loads(json.dumps({name: value for name, value in fields.items() if value is not None}))
+
+
+def _field(config: PreTrainedConfig, path: str) -> Any:
+    value: Any = config
+    for name in path.split("."):
+        try:
+            value = getattr(value, name, None)
+        except RuntimeError:  # transformers' refusal to name one value for a field that differs from layer to layer
+            value = [getattr(layer, name, None) for layer in value.per_layer_config]
+    return value
 
 
 def check_fingerprint(kv: IntactKV, config: PreTrainedConfig) -> None:
@@ -254,25 +303,32 @@ def _header(text: str | None, path: Path) -> dict[str, Any]:
     try:
         header = json.loads(text)
         version, needed = header["version"], {"digest", "fingerprint", "provenance"} - header.keys()
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise IntactKVError(f"{path} has an unreadable header ({error}); capture it again") from error
-    if version != FORMAT_VERSION:
+    if type(version) is not int or version != FORMAT_VERSION:
         raise IntactKVError(
             f"{path} has format version {version!r}, this intactkv reads version {FORMAT_VERSION}; "
             "update intactkv or capture it again"
         )
     if needed:
         raise IntactKVError(f"{path} lacks {', '.join(sorted(needed))} in its header; capture it again")
+    for name in ("fingerprint", "provenance"):
+        if not isinstance(header[name], dict):
+            kind = type(header[name]).__name__
+            raise IntactKVError(f"{path} has a {kind} as {name} in its header, not a dictionary; capture it again")
     return header
+
+
+_TENSOR_NAME = re.compile(r"layers\.(0|[1-9][0-9]{0,5})\.(key|value)")
 
 
 def _from_tensors(tensors: dict[str, Tensor], header: dict[str, Any], path: Path) -> IntactKV:
     """The artifact from a file's named tensors; names that are not ours are refused."""
     pairs: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
-        parts = name.split(".")
-        if len(parts) == 3 and parts[0] == "layers" and parts[1].isdigit() and parts[2] in ("key", "value"):
-            pairs.setdefault(int(parts[1]), {})[parts[2]] = tensor
+        match = _TENSOR_NAME.fullmatch(name)
+        if match:
+            pairs.setdefault(int(match[1]), {})[match[2]] = tensor
         elif name not in ("ids", "logits"):
             raise IntactKVError(f"{path} holds the unknown tensor {name!r}; capture it again")
     for name in ("ids", "logits"):
@@ -282,7 +338,10 @@ def _from_tensors(tensors: dict[str, Tensor], header: dict[str, Any], path: Path
         if len(pair) != 2:
             raise IntactKVError(f"{path} has only the {next(iter(pair))} of layer {i}; capture it again")
     layers = {i: (pairs[i]["key"], pairs[i]["value"]) for i in sorted(pairs)}
-    return IntactKV(tensors["ids"], layers, tensors["logits"], header["fingerprint"], header["provenance"])
+    try:
+        return IntactKV(tensors["ids"], layers, tensors["logits"], header["fingerprint"], header["provenance"])
+    except IntactKVError as error:
+        raise IntactKVError(f"{path} is no valid artifact: {error}; capture it again") from error
 
 
 def _check_shapes(kv: IntactKV) -> None:

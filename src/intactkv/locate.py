@@ -35,13 +35,15 @@ class Sites:
 class Progress:
     """How far the rows of one cache have come; it travels on the cache as the attribute `intactkv`.
 
-    From `until` cached tokens on no row can meet another prefix token, which is all that a decoding step asks.
-    `matched` counts each row's agreeing prefix tokens, for a prefix that is cut by a chunk's end. `padded` says that
-    the rows' positions have to be supplied at every step. `sites` (columns of the cache) are kept for caches that
-    do not give back what was stored.
+    From `until` cached tokens on no row can meet another prefix token, which is all that a decoding step asks; `done`
+    says that it was reached, for compiled steps, which cannot ask. `matched` counts each row's agreeing prefix tokens,
+    `owner` is the digest of the artifact they came from. `padded` says that the rows' positions have to be supplied at
+    every step. `sites` (columns of the cache) are kept for caches that do not give back what was stored.
     """
 
+    owner: str = ""
     until: int = NEVER
+    done: bool = False
     matched: Int[Tensor, "batch"] | None = None
     padded: bool = False
     sites: Sites | None = field(default=None, repr=False)
@@ -69,7 +71,7 @@ def locate(
     follows = torch.zeros_like(real)
     follows[:, 1:] = real[:, 1:] & real[:, :-1] & (positions[:, 1:] == positions[:, :-1] + 1)
     expected = prefix[positions.clamp(0, len(prefix) - 1)]
-    agrees = (start | follows) & (positions < len(prefix)) & (ids == expected)
+    agrees = (start | follows) & (positions >= 0) & (positions < len(prefix)) & (ids == expected)
     last_start = torch.where(start, column, -1).cummax(1).values
     last_break = torch.where(agrees, -1, column).cummax(1).values
     return agrees & (last_start > last_break)
@@ -98,9 +100,12 @@ def hidden_prefix(
 ) -> Bool[Tensor, "batch"]:
     """True for rows whose last masked tokens before the first real one are the prefix, or its beginning."""
     column = torch.arange(ids.shape[1], device=ids.device)
-    before = real.cumsum(1) == 0
-    begin = torch.where(before & (ids == prefix[0]), column, -1).amax(1)
+    before = (real.cumsum(1) == 0) & real.any(1, keepdim=True)
+    near = column >= before.sum(1, keepdim=True) - len(prefix)
+    row, begin = (before & near & (ids == prefix[0])).nonzero(as_tuple=True)  # wherever it could begin
     offset = column - begin[:, None]
-    agrees = (offset < len(prefix)) & (ids == prefix[offset.clamp(0, len(prefix) - 1)])
-    untouched = ~before | (offset < 0)
-    return (begin >= 0) & real.any(1) & (agrees | untouched).all(1)
+    agrees = ids[row] == prefix[offset.clamp(0, len(prefix) - 1)]
+    untouched = ~before[row] | (offset < 0)
+    hidden = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+    hidden[row[(agrees | untouched).all(1)]] = True
+    return hidden

@@ -1,19 +1,22 @@
 """Which tokens to keep intact: [BOS], the fixed head of a chat template, or any text.
 
 A prefix only helps prompts that begin with exactly its tokens. Tokens at the seam may merge with what follows, so a
-text's prefix is what stays the same over many different continuations.
+text's prefix is what stays the same over many different continuations: some of every kind of character, and those
+that the vocabulary itself says could merge.
 """
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from intactkv.kv import IntactKVError
 
-# Continuations that begin with different characters and classes of characters, so that no token that depends on
-# what follows can survive in their longest common prefix.
+# Continuations that begin with different characters and classes of characters, so that a token that depends on what
+# follows does not survive in their longest common prefix.
 _PROBES = ("Hello", "why?", "42", "(x)", "été", "中文", "_", "\n\nThen", " a", ".", "'s", "🙂", "Ω", '"q"')
 
 
@@ -40,8 +43,9 @@ def bos(tokenizer: PreTrainedTokenizerBase, *, token: str | None = None) -> list
 def chat_prefix(tokenizer: PreTrainedTokenizerBase, *, system: str | None = None) -> list[int]:
     """The tokens that every conversation under this chat template and system prompt begins with.
 
-    The longest common token prefix of the rendered template over different user messages, generation prompt
-    included, for any Hugging Face chat template. A template that prints today's date gives a prefix for today.
+    The longest common token prefix of the rendered template over different first user messages, for any Hugging Face
+    chat template. A template that prints today's date gives a prefix for today. A template that puts the system
+    prompt into the last user message, as Mistral's do, gives the prefix of one-turn conversations.
     Raises `IntactKVError` where there is no template, where it refuses or ignores `system`, and where nothing is
     common.
     """
@@ -49,21 +53,23 @@ def chat_prefix(tokenizer: PreTrainedTokenizerBase, *, system: str | None = None
         raise IntactKVError(
             f"{_name(tokenizer)} has no chat template; use bos(tokenizer), text_prefix(tokenizer, …) or explicit ids"
         )
-    head = [] if system is None else [{"role": "system", "content": system}]
 
-    def render(user: str) -> str:
+    def render(user: str, system: str | None) -> str:
+        head = [] if system is None else [{"role": "system", "content": system}]
         messages = [*head, {"role": "user", "content": user}]
         try:
             return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
         except Exception as error:  # a template is a program: whatever it raises, it refused these messages
+            remedy = (
+                "use text_prefix(tokenizer, …)" if system is None else "leave `system` out if it knows no such role"
+            )
             raise IntactKVError(
-                f"the chat template of {_name(tokenizer)} refuses these messages ({error}); "
-                "leave out `system` if it knows no system role"
+                f"the chat template of {_name(tokenizer)} refuses these messages ({error}); {remedy}"
             ) from error
 
-    if system is not None and system.strip() not in render(_PROBES[0]):
+    if system is not None and render(_PROBES[0], system) == render(_PROBES[0], system + "!"):
         raise IntactKVError(f"the chat template of {_name(tokenizer)} ignores the system prompt; leave `system` out")
-    return _common(lambda probe: tokenizer(render(probe), add_special_tokens=False).input_ids, tokenizer)
+    return _common(lambda rest: render(rest, system), tokenizer, special=False)
 
 
 def text_prefix(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -71,18 +77,49 @@ def text_prefix(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
     A last token that would merge with what follows is left out. Raises `IntactKVError` where nothing is left.
     """
-    return _common(lambda probe: tokenizer(text + probe).input_ids, tokenizer)
+    return _common(lambda rest: text + rest, tokenizer, special=True)
 
 
-def _common(encode: Callable[[str], Sequence[int]], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    rows = [list(encode(probe)) for probe in _PROBES]
-    shortest = min(rows, key=len)
-    length = next((i for i, token in enumerate(shortest) if any(row[i] != token for row in rows)), len(shortest))
-    if length == 0:
+def _common(write: Callable[[str], str], tokenizer: PreTrainedTokenizerBase, *, special: bool) -> list[int]:
+    """The longest common token prefix of `write(rest)` over all continuations that could make a difference."""
+    head = _shared([write(rest) for rest in _PROBES])
+    texts = [write(rest) for rest in (*_PROBES, *_merging(tokenizer, head))]
+    rows = [tokenizer(text, add_special_tokens=special).input_ids for text in texts]
+    common = _shared(rows)
+    if not common:
         raise IntactKVError(
             f"prompts of {_name(tokenizer)} have no first token in common; choose explicit ids for the prefix"
         )
-    return shortest[:length]
+    return list(common)
+
+
+def _shared(rows: Sequence[Sequence[Any]]) -> Any:
+    """The longest common beginning of lists, or of texts."""
+    shortest = min(rows, key=len)
+    differs = (i for i, item in enumerate(shortest) if any(row[i] != item for row in rows))
+    return shortest[: next(differs, len(shortest))]
+
+
+def _merging(tokenizer: PreTrainedTokenizerBase, head: str, most: int = 32) -> list[str]:
+    """Continuations that could merge with the end of `head`: what follows its end in any vocabulary entry.
+
+    At most `most` for each end of `head`, common tokens first: one that merges is enough. With them goes a mark that
+    Unicode composes with the last character, for tokenizers that normalize.
+    """
+    vocab = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    longest = max(len(token) for token, _ in vocab)
+    spelled = "".join(tokenizer.tokenize(head))  # as the vocabulary writes bytes and blanks; added tokens as in `head`
+    ends = {text[-size:] for text in (spelled, head) for size in range(1, min(longest, len(text)) + 1)}
+    rests: dict[str, list[str]] = {end: [] for end in ends}
+    for token, _ in vocab:
+        for cut in range(1, len(token)):
+            if token[:cut] in ends and len(rests[token[:cut]]) < most:
+                part, whole = (
+                    tokenizer.convert_tokens_to_string(t) for t in ([token[:cut]], [token[:cut], token[cut:]])
+                )
+                rests[token[:cut]].append(whole[len(part) :])  # not alone: decoders drop a blank at a text's beginning
+    marks = [mark for mark in map(chr, range(0x300, 0x370)) if len(unicodedata.normalize("NFC", head[-1:] + mark)) == 1]
+    return [rest for group in (*rests.values(), marks[: len(head)][:1]) for rest in group if rest]
 
 
 def _name(tokenizer: PreTrainedTokenizerBase) -> str:

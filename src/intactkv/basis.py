@@ -1,0 +1,198 @@
+"""Are a quantized model's keys and values the full model's, and if not, what takes one to the other?
+
+Quantizers may first rewrite a model into an equal one: AWQ moves a scale from v_proj into o_proj, SmoothQuant and
+OmniQuant one between queries and keys, QuaRot and SpinQuant rotate. The function stays, keys and values do not, and
+an intact KV in the wrong basis does harm. Both models are shown the same random tokens; every block of the quantized
+model is given the *full* model's input, so that each layer shows its own rounding only, and each head's keys and
+values are fitted on the full model's: as they are, scaled per channel, rotated. The simplest relation that leaves little
+beyond rounding is taken; where none does, we refuse.
+
+What this gives up against reading weight rows: one forward of the full model. What it gains: it holds for any
+backend and architecture, fused projections, biases, MLA and online rotations of keys, without dequantizing anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from intactkv.capture import recorded
+from intactkv.decoder import forced_inputs, recorded_inputs
+from intactkv.kv import IntactKV, IntactKVError
+
+Kind = Literal["same", "scale", "rotation", "other"]
+
+# Rounding errors are themselves linear in a block's input, so a richer relation always explains some of them: the
+# simpler one is taken unless it leaves SLACK times as much. FLOOR is rounding in bfloat16.
+SLACK, FLOOR = 3.0, 1e-5
+# Above this share of unexplained energy a head is not the same head; MIXED and more, of which a free linear map
+# explains nine tenths, is a mixing that is neither scale nor rotation. Set from data, see docs/results.md.
+REFUSE, MIXED = 0.5, 0.05
+
+
+@dataclass(frozen=True)
+class Relation:
+    """How one head's keys or values in the quantized model follow from the full model's: `theirs = full @ transform`.
+
+    `residual` is the share of energy that the relation leaves unexplained on held-out tokens (0: none), which is the
+    rounding's own doing if the relation is right; `as_is` the same if nothing is transformed. `transform` is
+    `(dim, dim)`, None for "same" and "other".
+    """
+
+    layer: int
+    part: Literal["key", "value"]
+    head: int
+    kind: Kind
+    residual: float
+    as_is: float
+    transform: Float[Tensor, "dim dim"] | None = None
+
+
+def basis(
+    full: PreTrainedModel, model: PreTrainedModel, *, windows: Int[Tensor, "window token"] | None = None
+) -> list[Relation]:
+    """The relation of every layer's and head's keys and values in `model` to those in `full`.
+
+    `windows` are token ids to compare on; by default 8 windows of 128 random ids, seed 0. Raises `IntactKVError`
+    where the two have different layers, heads or widths.
+    """
+    if windows is None:
+        vocab = full.config.get_text_config(decoder=True).vocab_size
+        windows = torch.randint(vocab, (8, 128), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), recorded_inputs(full) as inputs:
+        ours = recorded(full, windows)
+    rotation = residual_rotation(full, model)
+    if rotation is not None:
+        inputs = {i: (x.double() @ rotation.to(x.device)).to(x.dtype) for i, x in inputs.items()}
+    with torch.no_grad(), forced_inputs(model, inputs):
+        theirs = recorded(model, windows)
+    if ours.keys() != theirs.keys():
+        raise IntactKVError(
+            f"the full model has keys and values in layers {sorted(ours)}, the quantized one in {sorted(theirs)}; "
+            "give the model it was quantized from"
+        )
+    relations = []
+    for layer in sorted(ours):
+        for part, a, b in zip(("key", "value"), ours[layer], theirs[layer], strict=True):
+            if a.shape != b.shape:
+                raise IntactKVError(
+                    f"layer {layer}'s {part}s have shape {tuple(a.shape)} in the full model and {tuple(b.shape)} in the "
+                    "quantized one; give the model it was quantized from"
+                )
+            for head in range(a.shape[1]):
+                kind, residual, as_is, transform = relate(a[:, head].flatten(0, 1), b[:, head].flatten(0, 1))
+                relations.append(Relation(layer, part, head, kind, residual, as_is, transform))  # type: ignore[arg-type]
+    return relations
+
+
+def align(kv: IntactKV, relations: Sequence[Relation]) -> IntactKV:
+    """`kv` in the basis of the quantized model that `relations` were measured on; what is the same stays bit-equal.
+
+    `provenance["basis"]` then says which parts were rescaled or rotated. Raises `IntactKVError` where a head has no
+    usable relation: capture from the transformed full model instead (`intactkv quantize` does).
+    """
+    refused = [r for r in relations if r.kind == "other"]
+    if refused:
+        worst = max(refused, key=lambda r: r.residual)
+        raise IntactKVError(
+            f"the {worst.part}s of layer {worst.layer}, head {worst.head} are no scaled or rotated form of the full "
+            f"model's ({100 * worst.residual:.0f} % of their energy stays unexplained, {100 * REFUSE:.0f} % is the "
+            "limit); capture from the full model in the quantizer's own basis, or give the model it was quantized from"
+        )
+    layers = {i: [key.clone(), value.clone()] for i, (key, value) in kv.layers.items()}
+    for r in relations:
+        if r.transform is not None:
+            tensor = layers[r.layer][0 if r.part == "key" else 1]
+            tensor[r.head] = (tensor[r.head].double() @ r.transform.to(tensor.device)).to(tensor.dtype)
+    if all(r.transform is None for r in relations):
+        return kv
+    provenance = {**kv.provenance, "basis": describe(relations)}
+    return replace(kv, layers={i: (key, value) for i, (key, value) in layers.items()}, provenance=provenance)
+
+
+def describe(relations: Sequence[Relation]) -> str:
+    """What was done to the full model's keys and values, in a few words."""
+    words = {"scale": "rescaled", "rotation": "rotated"}
+    parts = []
+    for part in ("key", "value"):
+        for kind, word in words.items():
+            layers = sorted({r.layer for r in relations if r.part == part and r.kind == kind})
+            if layers:
+                parts.append(f"{part}s {word} in {len(layers)} layers")
+    return "full, " + ", ".join(parts) if parts else "full"
+
+
+def relate(
+    full: Float[Tensor, "token dim"], model: Float[Tensor, "token dim"]
+) -> tuple[Kind, float, float, Float[Tensor, "dim dim"] | None]:
+    """The simplest relation between two forms of one head's rows, its held-out residual, and that of no change.
+
+    Fitted on every second token and judged on the others, in float64. Pure maths.
+    """
+    a, b = full.double().cpu(), model.double().cpu()
+    (a_fit, a_test), (b_fit, b_test) = (a[::2], a[1::2]), (b[::2], b[1::2])
+
+    def residual(transform: Tensor) -> float:
+        return float((b_test - a_test @ transform).square().sum() / b_test.square().sum().clamp(min=1e-30))
+
+    as_is = residual(torch.eye(a.shape[1], dtype=torch.float64))
+    if as_is <= FLOOR:
+        return "same", as_is, as_is, None
+    scale = torch.diag((a_fit * b_fit).sum(0) / a_fit.square().sum(0).clamp(min=1e-30))
+    rotation = nearest_rotation(a_fit, b_fit)
+    scaled, rotated = residual(scale), residual(rotation)
+    if as_is <= SLACK * min(scaled, rotated):
+        kind, left, transform = "same", as_is, None
+    elif scaled <= SLACK * rotated:
+        kind, left, transform = "scale", scaled, scale
+    else:
+        kind, left, transform = "rotation", rotated, rotation
+    mixed = left > MIXED and residual(torch.linalg.lstsq(a_fit, b_fit).solution) < left / 10
+    if left > REFUSE or mixed:
+        return "other", left, as_is, None
+    return kind, left, as_is, transform  # type: ignore[return-value]
+
+
+def nearest_rotation(a: Float[Tensor, "token dim"], b: Float[Tensor, "token dim"]) -> Float[Tensor, "dim dim"]:
+    """The orthogonal matrix R that minimises ‖b − a R‖ (Procrustes); one close to a Hadamard matrix becomes exact.
+
+    Source: Schönemann, 1966.
+    """
+    u, _, vt = torch.linalg.svd(a.T @ b)
+    rotation = u @ vt
+    snapped = rotation.sign() / len(rotation) ** 0.5
+    close = float((rotation - snapped).abs().max()) < 0.25 / len(rotation) ** 0.5
+    exact = torch.allclose(snapped @ snapped.T, torch.eye(len(rotation), dtype=rotation.dtype), atol=1e-9)
+    return snapped if close and exact else rotation
+
+
+def residual_rotation(full: PreTrainedModel, model: PreTrainedModel) -> Float[Tensor, "hidden hidden"] | None:
+    """The rotation of the residual stream between two models, read off their input embeddings; None if there is none.
+
+    Raises `IntactKVError` where the embeddings are neither the same nor rotated: another model, or another fine-tune.
+    """
+    a, b = (m.get_input_embeddings().weight.detach() for m in (full, model))
+    if a.shape != b.shape:
+        raise IntactKVError(
+            f"the models' embeddings have shapes {tuple(a.shape)} and {tuple(b.shape)}; give the model it was quantized "
+            "from"
+        )
+    rows = min(len(a), 4 * a.shape[1])  # enough for a fit, and no more
+    a, b = a[:rows].double().cpu(), b[:rows].double().cpu()
+    energy, same = b.square().sum(), (b - a).square().sum()
+    if same <= MIXED * energy:
+        return None
+    rotation = nearest_rotation(a, b)
+    left = float((b - a @ rotation).square().sum() / energy)
+    if left > MIXED:
+        raise IntactKVError(
+            f"the models' embeddings are neither equal nor rotated forms of each other ({100 * left:.0f} % unexplained); "
+            "give the model it was quantized from, not another fine-tune"
+        )
+    return rotation

@@ -1,0 +1,61 @@
+"""The one file that knows a decoder's anatomy: where its blocks are, and what goes into each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from intactkv.kv import IntactKVError
+
+
+def blocks(model: PreTrainedModel) -> list[nn.Module]:
+    """The decoder's blocks in order: the one list of modules that is as long as the model has layers."""
+    layers = model.config.get_text_config(decoder=True).num_hidden_layers
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == layers]
+    # a model may keep lists of the same length inside its blocks (experts): the blocks come first
+    if not lists:
+        raise IntactKVError(f"{type(model).__name__} has no list of {layers} blocks; this model is not supported")
+    return list(lists[0])
+
+
+@contextmanager
+def recorded_inputs(model: PreTrainedModel) -> Iterator[dict[int, Tensor]]:
+    """While it is open, each forward leaves every block's input `(batch, token, hidden)` in the dictionary."""
+    inputs: dict[int, Tensor] = {}
+
+    def record(i: int) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            inputs[i] = (args[0] if args else kwargs["hidden_states"]).detach().clone()
+
+        return hook
+
+    hooks = [b.register_forward_pre_hook(record(i), with_kwargs=True) for i, b in enumerate(blocks(model))]
+    try:
+        yield inputs
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def forced_inputs(model: PreTrainedModel, inputs: dict[int, Tensor]) -> Iterator[None]:
+    """While it is open, every block reads `inputs[i]` instead of what the block before it wrote."""
+
+    def force(i: int) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            given = args[0] if args else kwargs["hidden_states"]
+            replaced = inputs[i].to(given.device, given.dtype)
+            return ((replaced, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": replaced})
+
+        return hook
+
+    hooks = [b.register_forward_pre_hook(force(i), with_kwargs=True) for i, b in enumerate(blocks(model))]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

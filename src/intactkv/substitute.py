@@ -1,0 +1,192 @@
+"""One forward with prefix tokens in it: put the intact keys, values and logits where the model's own would be."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.cache_utils import QuantizedLayer
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from intactkv.kv import IntactKV, IntactKVError
+from intactkv.locate import Progress, Sites
+
+
+class IntactTensors:
+    """An artifact's keys and values on the devices and in the dtypes that a model's layers ask for, remembered."""
+
+    def __init__(self, kv: IntactKV) -> None:
+        self.kv = kv
+        self._placed: dict[Any, tuple[Tensor, Tensor]] = {}
+
+    def like(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Key and value of `layer`, `(prefix, head, dim)`, each on the device and in the dtype of what is given."""
+        own = self.kv.layers[layer]
+        place = (layer, key.device, key.dtype, value.device, value.dtype)
+        frozen = not any(t.requires_grad for t in own)  # trained ones change and carry gradients: never remembered
+        if frozen and place in self._placed:
+            return self._placed[place]
+        with torch.inference_mode(False):
+            pair = (
+                own[0].transpose(0, 1).to(key.device, key.dtype),
+                own[1].transpose(0, 1).to(value.device, value.dtype),
+            )
+        if frozen:
+            self._placed[place] = pair
+        return pair
+
+
+@dataclass
+class Substitution:
+    """What one forward replaces and where, and which layers have come by.
+
+    `sites` are the call's prefix tokens, `past` the tokens cached before it, `length` its own; `logits_to_keep` is the
+    call's argument of that name.
+    """
+
+    intact: IntactTensors
+    sites: Sites
+    past: int
+    length: int
+    logits_to_keep: int | Tensor
+    seen: set[int] = field(default_factory=set)
+    pass_through: PassThrough | None = None
+    _cache: Any = None
+    _shadowed: Any = None
+    _opened: list[GradientCheckpointingLayer] = field(default_factory=list)
+
+    def enter(self, cache: Cache, progress: Progress) -> None:
+        """Shadow `cache.update` until `leave`, where there is something to replace."""
+        lossy = any(isinstance(layer, QuantizedLayer) for layer in cache.layers)
+        if lossy:
+            # transformers' quantized layers cannot reorder or select rows, so a cache's rows stay what they were
+            progress.sites = _joined(progress.sites, self.sites, self.past)
+        cache.intactkv = progress  # type: ignore[attr-defined]
+        if len(self.sites) == 0 and progress.sites is None:
+            return
+        update = cache.update
+
+        def replaced(key: Tensor, value: Tensor, layer: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+            return update(*self.write(key, value, layer), layer, *args, **kwargs)
+
+        def restored(key: Tensor, value: Tensor, layer: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+            # The lossy store rounds tokens in groups, so the prefix must not enter a group's scale: the chunk's last
+            # token stands in for it, and the intact rows are put back on every read.
+            kept = update(self._neutral(key), self._neutral(value), layer, *args, **kwargs)
+            return kept if progress.sites is None else self._put(*kept, layer, progress.sites)
+
+        self._cache, self._shadowed = cache, vars(cache).get("update")
+        cache.update = restored if lossy else replaced  # type: ignore[method-assign,assignment]
+
+    def pass_through_(self, model: PreTrainedModel, *, checkpointing: bool) -> PassThrough:
+        """The cache for a call without one; checkpointed layers are made to see it until `leave`."""
+        self.pass_through = PassThrough(model, self)
+        if checkpointing:
+            for layer in model.modules():
+                if isinstance(layer, GradientCheckpointingLayer):
+                    # transformers' switch for caches that may be replayed in the backward: ours stores nothing
+                    layer._can_checkpoint_with_cache = True
+                    self._opened.append(layer)
+        return self.pass_through
+
+    def leave(self) -> None:
+        """Undo `enter` and `pass_through_`, also after a forward that raised; may be called twice."""
+        if self._cache is not None:
+            if self._shadowed is None:
+                del self._cache.update  # the instance attribute; the class's method shows again
+            else:
+                self._cache.update = self._shadowed
+            self._cache = None
+        for layer in self._opened:
+            del layer._can_checkpoint_with_cache
+        self._opened.clear()
+
+    def write(self, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        """The layer's keys and values `(batch, head, token, dim)` with the prefix tokens' replaced."""
+        return self._put(key, value, layer, self.sites)
+
+    def _put(self, key: Tensor, value: Tensor, layer: int, sites: Sites) -> tuple[Tensor, Tensor]:
+        if layer not in self.intact.kv.layers:
+            raise IntactKVError(
+                f"layer {layer} has keys and values but the intact KV holds none for it; capture it from this model"
+            )
+        self.seen.add(layer)
+        intact_key, intact_value = self.intact.like(layer, key, value)
+        return put(key, intact_key, sites, layer=layer), put(value, intact_value, sites, layer=layer)
+
+    def _neutral(self, x: Tensor) -> Tensor:
+        """`x` with prefix tokens replaced by the chunk's last token, or by zeros in a row that is all prefix."""
+        if len(self.sites) == 0:
+            return x
+        sites, last = self.sites.to(x.device), x.shape[2] - 1
+        stand_in = x[:, :, -1].clone()
+        stand_in[sites.row[sites.col == last]] = 0
+        return x.transpose(1, 2).index_put((sites.row, sites.col), stand_in[sites.row]).transpose(1, 2)
+
+    def logits(self, output: Float[Tensor, "batch kept vocab"]) -> Float[Tensor, "batch kept vocab"]:
+        """The output embedding's result with the artifact's logits at prefix positions; in place if nothing learns."""
+        kept = torch.arange(self.length, device=output.device)
+        if isinstance(self.logits_to_keep, int):
+            kept = kept[-self.logits_to_keep :] if self.logits_to_keep else kept
+        else:
+            chosen = self.logits_to_keep.to(output.device)
+            kept = chosen.nonzero()[:, 0] if chosen.dtype == torch.bool else chosen % self.length
+        if output.ndim != 3 or output.shape[1] != len(kept):
+            raise RuntimeError(
+                f"the output embedding gave shape {tuple(output.shape)} for {len(kept)} kept positions, so prefix "
+                "logits cannot be put in their place; this model's head is not supported"
+            )
+        intact = self.intact.kv.logits.to(output.device, output.dtype)
+        if output.shape[2] != intact.shape[1]:
+            raise IntactKVError(
+                f"the model has {output.shape[2]} output tokens, the intact KV was captured with {intact.shape[1]}; "
+                "capture it from the full-precision form of this model"
+            )
+        sites = self.sites.to(output.device)
+        at = torch.full((self.length,), -1, device=output.device)
+        at[kept] = torch.arange(len(kept), device=output.device)
+        here = at[sites.col] >= 0
+        where = (sites.row[here], at[sites.col[here]])
+        put_ = output.index_put if torch.is_grad_enabled() else output.index_put_
+        return put_(where, intact[sites.index[here]])
+
+
+class PassThrough(DynamicCache):
+    """The cache of a call without cache: replaces prefix tokens, stores nothing, and may be replayed."""
+
+    def __init__(self, model: PreTrainedModel, substitution: Substitution) -> None:
+        super().__init__(config=model.config)
+        self.substitution = substitution
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        return self.substitution.write(key_states, value_states, layer_idx)
+
+
+def put(
+    x: Float[Tensor, "batch head token dim"], intact: Float[Tensor, "prefix head dim"], sites: Sites, *, layer: int
+) -> Float[Tensor, "batch head token dim"]:
+    """`x` with `intact` at `sites`; differentiable in both. `layer` is named if the shapes do not fit."""
+    if (x.shape[1], x.shape[3]) != intact.shape[1:]:
+        raise IntactKVError(
+            f"layer {layer} has (head, dim) {(x.shape[1], x.shape[3])} in this call, the intact KV has "
+            f"{tuple(intact.shape[1:])}; tensor-parallel models are not supported, otherwise capture it again"
+        )
+    sites = sites.to(x.device)
+    return x.transpose(1, 2).index_put((sites.row, sites.col), intact[sites.index]).transpose(1, 2)
+
+
+def _joined(before: Sites | None, now: Sites, past: int) -> Sites | None:
+    """All sites of a cache so far, by cache column; None where there are none."""
+    now = Sites(now.row, now.col + past, now.index)
+    if before is None:
+        return now if len(now) else None
+    before = before.to(now.row.device)
+    return Sites(
+        torch.cat([before.row, now.row]), torch.cat([before.col, now.col]), torch.cat([before.index, now.index])
+    )

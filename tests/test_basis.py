@@ -1,0 +1,183 @@
+"""The basis of a quantized model's keys and values: what is exact in real arithmetic is recovered, the rest refused."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from models import PREFIX, build, by_name, prompts, reference_logits, rounded
+from test_laws import differ
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from intactkv import IntactKVError, capture
+from intactkv.basis import align, basis, describe, nearest_rotation, relate
+
+P, DIM = len(PREFIX), 16
+
+
+def kinds(full: PreTrainedModel, model: PreTrainedModel, part: str) -> set[str]:
+    return {r.kind for r in basis(full, model) if r.part == part}
+
+
+def hadamard(dim: int) -> Tensor:
+    h = torch.ones(1, 1, dtype=torch.float64)
+    while len(h) < dim:
+        h = torch.cat([torch.cat([h, h], 1), torch.cat([h, -h], 1)])
+    return h / dim**0.5
+
+
+@torch.no_grad()
+def value_scaled(model: PreTrainedModel) -> PreTrainedModel:
+    """The same function with v_proj's rows divided by s and o_proj's columns multiplied: what AWQ does to MHA models."""
+    model = copy.deepcopy(model)
+    for i, layer in enumerate(model.model.layers):
+        s = 2 ** torch.randn(64, generator=torch.Generator().manual_seed(i))
+        layer.self_attn.v_proj.weight /= s[:, None]
+        layer.self_attn.o_proj.weight *= s[None, :]
+    return model
+
+
+@torch.no_grad()
+def key_scaled(model: PreTrainedModel) -> PreTrainedModel:
+    """A scale moved from k_proj into q_proj, equal in both channels of a RoPE pair: SmoothQuant's and OmniQuant's."""
+    model = copy.deepcopy(model)
+    for i, layer in enumerate(model.model.layers):
+        s = 2 ** torch.randn(4, DIM // 2, generator=torch.Generator().manual_seed(i))
+        s = torch.cat([s, s], 1).flatten()
+        layer.self_attn.k_proj.weight /= s[:, None]
+        layer.self_attn.q_proj.weight *= s[:, None]
+    return model
+
+
+@torch.no_grad()
+def value_rotated(model: PreTrainedModel, rotation: Tensor) -> PreTrainedModel:
+    """Values rotated within each head and rotated back in o_proj: QuaRot's and SpinQuant's R2."""
+    model = copy.deepcopy(model)
+    r = torch.block_diag(*[rotation.float()] * 4)
+    for layer in model.model.layers:
+        layer.self_attn.v_proj.weight.copy_(r.T @ layer.self_attn.v_proj.weight)
+        layer.self_attn.o_proj.weight.copy_(layer.self_attn.o_proj.weight @ r)
+    return model
+
+
+@torch.no_grad()
+def stream_rotated(model: PreTrainedModel) -> PreTrainedModel:
+    """The residual stream rotated and the norms folded into what follows them: QuaRot's and SpinQuant's R1."""
+    model = copy.deepcopy(model)
+    r = hadamard(64).float()
+    model.model.embed_tokens.weight.copy_(model.model.embed_tokens.weight @ r)
+    for layer in model.model.layers:
+        for norm, readers in (
+            (layer.input_layernorm, [getattr(layer.self_attn, f"{n}_proj") for n in "qkv"]),
+            (layer.post_attention_layernorm, [layer.mlp.gate_proj, layer.mlp.up_proj]),
+        ):
+            for reader in readers:
+                reader.weight.copy_((reader.weight * norm.weight) @ r)
+            norm.weight.fill_(1)
+        for writer in (layer.self_attn.o_proj, layer.mlp.down_proj):
+            writer.weight.copy_(r.T @ writer.weight)
+    model.lm_head.weight.copy_((model.lm_head.weight * model.model.norm.weight) @ r)
+    model.model.norm.weight.fill_(1)
+    return model
+
+
+@pytest.fixture(scope="module")
+def mha() -> PreTrainedModel:
+    model = build(by_name("llama-mha"), tie_word_embeddings=False)
+    with torch.no_grad():  # norms that are not all ones
+        for i, parameter in enumerate(p for n, p in model.named_parameters() if "norm" in n):
+            parameter.copy_(1 + 0.3 * torch.randn(64, generator=torch.Generator().manual_seed(i)))
+    return model
+
+
+REWRITES = {
+    "values scaled": (value_scaled, "same", "scale"),
+    "keys scaled": (key_scaled, "scale", "same"),
+    "values rotated by Hadamard": (lambda m: value_rotated(m, hadamard(DIM)), "same", "rotation"),
+    "values rotated": (
+        lambda m: value_rotated(
+            m, torch.linalg.qr(torch.randn(DIM, DIM, generator=torch.Generator().manual_seed(3)))[0]
+        ),
+        "same",
+        "rotation",
+    ),
+    "stream rotated": (stream_rotated, "same", "same"),
+    "stream and values rotated": (lambda m: value_rotated(stream_rotated(m), hadamard(DIM)), "same", "rotation"),
+    "values and keys scaled": (lambda m: key_scaled(value_scaled(m)), "scale", "scale"),
+}
+
+
+@pytest.mark.parametrize("name", REWRITES)
+@pytest.mark.parametrize("bits", [16, 8, 4, 3])
+@torch.no_grad()
+def test_an_equal_rewrite_is_recovered_through_rounding(mha: PreTrainedModel, name: str, bits: int) -> None:
+    rewrite, key, value = REWRITES[name]
+    if name == "values scaled":
+        key, value = "same", "scale"
+    rewritten = rewrite(mha)
+    assert differ(rewritten(prompts()).logits, mha(prompts()).logits) <= 1e-4  # it is the same function
+    model = rewritten if bits == 16 else rounded(rewritten, bits)
+    found = basis(mha, model)
+    assert {r.kind for r in found if r.part == "key"} == {key}
+    assert {r.kind for r in found if r.part == "value"} == {value}
+    want, raw = capture(rewritten, PREFIX), capture(mha, PREFIX)
+    kv = align(raw, found)
+    assert kv.provenance["basis"] == describe(found)
+    for layer, pair in want.layers.items():
+        for ours, theirs, before in zip(kv.layers[layer], pair, raw.layers[layer], strict=True):
+            error = (ours - theirs).norm() / theirs.norm()
+            assert error <= (1e-4 if bits == 16 else {8: 4e-3, 4: 0.05, 3: 0.12}[bits])
+            if key != "same" and ours is kv.layers[layer][0]:
+                assert error < 0.5 * (before - theirs).norm() / theirs.norm()
+    if bits == 16:
+        row = prompts()[0]
+        assert differ(reference_logits(rewritten, kv, row), mha(row[None]).logits[0, P:]) <= 1e-3
+
+
+@pytest.mark.parametrize("bits", [8, 4, 3, 2])
+@pytest.mark.parametrize("name", ["llama-mha", "llama-gqa", "qwen3", "gemma3", "phi3", "deepseek-v3", "gpt2", "bloom"])
+def test_rounding_alone_is_no_change_of_basis_and_keeps_the_kv_bit_equal(name: str, bits: int) -> None:
+    full = build(by_name(name))
+    kv = capture(full, PREFIX)
+    assert align(kv, basis(full, rounded(full, bits))) is kv
+
+
+@torch.no_grad()
+def test_what_is_no_rewrite_of_the_model_is_refused(mha: PreTrainedModel) -> None:
+    kv = capture(mha, PREFIX)
+    shuffled = copy.deepcopy(mha)
+    for layer in shuffled.model.layers:
+        for name in "qkv":
+            weight = getattr(layer.self_attn, f"{name}_proj").weight
+            weight.copy_(weight.view(4, DIM, 64)[[1, 2, 3, 0]].reshape(64, 64))
+        weight = layer.self_attn.o_proj.weight
+        weight.copy_(weight.view(64, 4, DIM)[:, [1, 2, 3, 0]].reshape(64, 64))
+    assert differ(shuffled(prompts()).logits, mha(prompts()).logits) <= 1e-4
+    with pytest.raises(IntactKVError, match="no scaled or rotated form"):
+        align(kv, basis(mha, shuffled))
+    other = build(by_name("llama-mha"), seed=5, tie_word_embeddings=False)
+    with pytest.raises(IntactKVError, match="embeddings are neither equal nor rotated"):
+        basis(mha, other)
+    same_embeddings = copy.deepcopy(other)
+    same_embeddings.model.embed_tokens.weight.copy_(mha.model.embed_tokens.weight)
+    with pytest.raises(IntactKVError, match="no scaled or rotated form"):
+        align(kv, basis(mha, same_embeddings))
+    with pytest.raises(IntactKVError, match="shape"):
+        fewer = build(by_name("llama-gqa"), tie_word_embeddings=False)
+        fewer.model.embed_tokens.weight.copy_(mha.model.embed_tokens.weight)
+        basis(mha, fewer)
+
+
+def test_relate_and_rotation_are_right_on_known_data() -> None:
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(400, 8, generator=generator, dtype=torch.float64)
+    r = torch.linalg.qr(torch.randn(8, 8, generator=generator, dtype=torch.float64))[0]
+    assert torch.allclose(nearest_rotation(a, a @ r), r, atol=1e-12)
+    noisy = a @ hadamard(8) + 0.1 * torch.randn(400, 8, generator=generator, dtype=torch.float64)
+    assert torch.equal(nearest_rotation(a, noisy), hadamard(8).sign() / 8**0.5)
+    assert relate(a, a)[0] == "same"
+    assert relate(a, 2 * a)[0] == "scale"
+    assert relate(a, a @ torch.randn(8, 8, generator=generator, dtype=torch.float64))[0] == "other"
+    assert relate(a, torch.randn(400, 8, generator=generator, dtype=torch.float64))[0] == "other"
