@@ -1,8 +1,8 @@
 """The training stream's order: a pure function of the seed, so that a step number is all a resume needs.
 
 The stream of tokens is cut into windows; an epoch is a random permutation of them. Every epoch cuts at
-another offset, so that a text repeated for the tenth time is at least framed anew. What it gives up: a window's
-worth of tokens at the two ends of the stream in each epoch.
+another offset, so that a text repeated for the tenth time is at least framed anew. What it gives up: a
+window's worth of tokens at the two ends of the stream in each epoch.
 """
 
 from functools import lru_cache

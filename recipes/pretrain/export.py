@@ -1,9 +1,12 @@
 """Turn a run's checkpoint into a Hugging Face folder in bfloat16, tokenizer included.
 
-python export.py --data DATA RUN OUT
+    python export.py --data DATA RUN OUT
+
+A run with softmax-plus-one attention becomes a plain Llama folder too; attention.py says how to load it.
 """
 
 import argparse
+import shutil
 from pathlib import Path
 
 import torch
@@ -36,7 +39,7 @@ def main() -> None:
         model.config.update({"trained_attention": settings.attention})  # for the reader: nothing acts on it
     model.generation_config = GenerationConfig(**special)
     model.to(torch.bfloat16).save_pretrained(args.out)
-    tokenizer.save_pretrained(args.out)
+    shutil.copytree(args.data / "tokenizer", args.out, dirs_exist_ok=True)
     print(f"{args.out}: step {state['step']}, {sum(p.numel() for p in model.parameters()):,} parameters")
 
 

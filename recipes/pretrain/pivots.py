@@ -115,7 +115,8 @@ def main() -> None:
     args = parser.parse_args()
     register_softmax_plus_one()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    model = AutoModelForCausalLM.from_pretrained(args.model, attn_implementation=args.attention, dtype=torch.float32)
+    load = AutoModelForCausalLM.from_pretrained
+    model = load(args.model, attn_implementation=args.attention, dtype=torch.float32)
     windows, _ = text_windows(args.text.read_text(encoding="utf-8"), tokenizer, args.context)
     print_table(measure(model, windows[: args.windows], punctuation_ids(tokenizer)))
 

@@ -54,7 +54,8 @@ def command(tmp_path: Path) -> list[str]:
 
 def losses(run: Path) -> list[tuple[int, float]]:
     """Return the (step, loss) of every log line."""
-    return [(r["step"], r["loss"]) for r in map(json.loads, (run / "tiny" / "log.jsonl").read_text().splitlines())]
+    records = map(json.loads, (run / "tiny" / "log.jsonl").read_text().splitlines())
+    return [(record["step"], record["loss"]) for record in records]
 
 
 def test_killed_run_resumes_bit_identically(command: list[str], tmp_path: Path) -> None:

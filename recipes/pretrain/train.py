@@ -3,21 +3,20 @@
     python prepare.py --out DATA texts…
     python train.py --data DATA --eval TEXT --out RUNS configs/pivot.json [configs/control.json …]
 
-Started again with the same arguments, a run goes on from its last checkpoint as if it had never stopped: the
-data order depends on the seed and the step number alone, the checkpoint holds the optimizer, and the log forgets
-what the checkpoint does not know. On a CPU the losses are bit-identical.
+Started again with the same arguments, a run goes on from its last checkpoint as if it had never stopped:
+the data order depends on the seed and the step number alone, the checkpoint holds the optimizer, and the log
+forgets what the checkpoint does not know. On a CPU the losses are bit-identical.
 
-Several settings train side by side on one GPU, each on its own CUDA stream, because one small model cannot fill
-it. A whole step (gather, forward, backward, clip, AdamW) is captured as a CUDA graph, and what changes between
-steps (where the windows start, the learning rate) is read from device memory: to launch the kernels one by one
-would take longer than to run them. What this gives up: anything in the step that depends on values, such as
-skipping a step whose gradient is infinite.
+On a GPU a whole step (gather, forward, backward, clip, AdamW) is captured as a CUDA graph, and what changes
+between steps (where the windows start, the learning rate) is read from device memory: to launch the kernels
+of so small a model one by one would take longer than to run them. Several settings train side by side, each
+on a CUDA stream of its own, and share one compilation. What this gives up: anything in the step that depends
+on values, such as skipping a step whose gradient is infinite.
 """
 
 import argparse
 import json
 import math
-import os
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -71,9 +70,9 @@ class Settings:
         if self.context > self.positions:
             raise ValueError(f"context={self.context} exceeds positions={self.positions}; raise positions")
         if not 0 < self.warmup <= self.steps * (1 - self.decay):
-            raise ValueError(f"warmup={self.warmup} must end before the decay of steps={self.steps}; shorten it")
+            raise ValueError(f"warmup={self.warmup} runs into the decay of steps={self.steps}; shorten it")
         if self.measure_every % self.log_every:
-            raise ValueError(f"measure_every={self.measure_every} must be a multiple of log_every={self.log_every}")
+            raise ValueError(f"log_every={self.log_every} must divide measure_every={self.measure_every}")
 
     def lr_at(self, step: int) -> float:
         """Warm up, stay, decay: linear, constant, linear."""
@@ -154,9 +153,10 @@ class Run:
         compiled: Callable = torch.compile if settings.compile else lambda function, **_: function
         self.run_block = compiled(run_block, dynamic=False)  # one compilation serves all layers and all runs
         self.head_loss = compiled(head_loss, dynamic=False)
-        windows, self.bytes_per_token = text_windows(material.evaluation, material.tokenizer, settings.context)
+        tokenizer = material.tokenizer
+        windows, self.bytes_per_token = text_windows(material.evaluation, tokenizer, settings.context)
         self.windows = windows.to(device)
-        self.punctuation = punctuation_ids(material.tokenizer)
+        self.punctuation = punctuation_ids(tokenizer)
 
         self.within = torch.arange(settings.context, device=device)  # a window's positions, from its start
         self.rotary = self.model.model.rotary_emb(torch.zeros(1, device=device), self.within[None])
@@ -245,7 +245,7 @@ class Run:
             if (self.step % s.measure_every == 0 or self.step == s.steps) and not self.diverged:
                 record |= self.evaluate(windows=128 if self.step < s.steps else len(self.windows))
                 record |= measure(self.model, self.windows[:16], self.punctuation)
-            with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
+            with (self.folder / "log.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
             if self.over() or time.monotonic() - self.saved_at > s.checkpoint_seconds:
                 self.save()
@@ -279,7 +279,7 @@ class Run:
         }
         partial = self.folder / "checkpoint.pt.partial"
         torch.save(state, partial)
-        os.replace(partial, self.folder / "checkpoint.pt")
+        partial.replace(self.folder / "checkpoint.pt")
         self.saved_at = time.monotonic()
 
     def _resume(self) -> None:
@@ -326,7 +326,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="what prepare.py wrote")
     parser.add_argument("--eval", type=Path, required=True, help="text for validation loss and pivot table")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--seconds", type=float, default=math.inf, help="stop after this long, to go on later")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="stop after this, to go on later")
     args = parser.parse_args()
 
     register_softmax_plus_one()
@@ -338,8 +338,8 @@ def main() -> None:
         evaluation=args.eval.read_text(encoding="utf-8"),
         device=device,
     )
-    runs = [Run(Settings(**json.loads(file.read_text())), args.out / file.stem, material) for file in args.settings]
-    train(runs, seconds=args.seconds)
+    settings = {file.stem: Settings(**json.loads(file.read_text())) for file in args.settings}
+    train([Run(s, args.out / name, material) for name, s in settings.items()], seconds=args.seconds)
 
 
 if __name__ == "__main__":
