@@ -6,11 +6,11 @@ For tests only; the embedded model's pivots are its own. Construction, on a rand
   no layer writes into the channel (row 0 of o_proj and down_proj is zero). So [BOS], and nothing else, carries a
   massive activation through all layers.
 - Channel 1 is 1 for every other token and nothing writes into it either, so that every query can have a fixed part.
-- In every head, the pair of dimensions that RoPE turns slowest gets a key of `SINK` from channel 0 and a query of 1 from
-  channel 1: every query looks at [BOS], wherever it stands.
+- In every head, the pair of dimensions that RoPE turns slowest gets a key of `SINK` from channel 0 and a query of 1
+  from channel 1: every query looks at [BOS], wherever it stands.
 
-What follows: damage to column 0 of k_proj and v_proj touches the keys and values of [BOS] and nothing else, so its intact
-KV must undo it *wholly*; damage to lm_head leaves keys and values alone, so it must undo *nothing*.
+What follows: damage to column 0 of k_proj and v_proj touches the keys and values of [BOS] and nothing else, so its
+intact KV must undo it *wholly*; damage to lm_head leaves keys and values alone, so it must undo *nothing*.
 """
 
 from __future__ import annotations

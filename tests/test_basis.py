@@ -30,7 +30,7 @@ def hadamard(dim: int) -> Tensor:
 
 @torch.no_grad()
 def value_scaled(model: PreTrainedModel) -> PreTrainedModel:
-    """The same function with v_proj's rows divided by s and o_proj's columns multiplied: what AWQ does to MHA models."""
+    """The same function with v_proj's rows divided by s and o_proj's columns multiplied: AWQ's, on MHA models."""
     model = copy.deepcopy(model)
     for i, layer in enumerate(model.model.layers):
         s = 2 ** torch.randn(64, generator=torch.Generator().manual_seed(i))
@@ -164,9 +164,9 @@ def test_what_is_no_rewrite_of_the_model_is_refused(mha: PreTrainedModel) -> Non
     same_embeddings.model.embed_tokens.weight.copy_(mha.model.embed_tokens.weight)
     with pytest.raises(IntactKVError, match="no scaled or rotated form"):
         align(kv, basis(mha, same_embeddings))
+    fewer = build(by_name("llama-gqa"), tie_word_embeddings=False)
+    fewer.model.embed_tokens.weight.copy_(mha.model.embed_tokens.weight)
     with pytest.raises(IntactKVError, match="shape"):
-        fewer = build(by_name("llama-gqa"), tie_word_embeddings=False)
-        fewer.model.embed_tokens.weight.copy_(mha.model.embed_tokens.weight)
         basis(mha, fewer)
 
 

@@ -139,7 +139,7 @@ def test_the_paper_protocol_and_other_prefixes(demo: tuple[Path, str], tmp_path:
     [
         (["capture", "./nowhere", "-o", "kv"], "./nowhere is not a folder"),
         (["capture", MODEL, "-o", "kv", "--ids", "1,x"], "is no list of numbers"),
-        (["capture", MODEL, "-o", "kv", "--ids", "99999999"], "ids outside 0…"),
+        (["capture", MODEL, "-o", "kv", "--ids", "99999999"], "holds id 99999999, outside 0…"),
         (["capture", MODEL, "-o", "missing/kv"], "does not exist; create it first"),
         (["capture", MODEL, "-o", "kv", "--system", "Be brief."], "--system goes with --prefix chat"),
         (["generate", MODEL, "Hi", "--kv", "absent"], "absent is not a file"),
@@ -180,3 +180,26 @@ def test_a_checkpoint_with_missing_or_unexpected_tensors_is_refused(tmp_path: Pa
     )
     with pytest.raises(IntactKVError, match=r"unexpected keys such as model\.layers\.0\.online"):
         load_model(folder)
+
+
+def test_check_tells_the_basis_and_writes_the_aligned_kv(demo: tuple[Path, str], tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    bos = demo[0] / "bos.intactkv.safetensors"
+    done = intactkv("check", demo[0] / "w3", "--full", MODEL, "--kv", bos)
+    assert done.returncode == 0, done.stderr
+    assert "basis: full\n" in done.stdout
+
+    rewritten = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+    with torch.no_grad():  # the same function in another basis
+        for layer in rewritten.model.layers:
+            scale = 2 ** torch.randn(128, generator=torch.Generator().manual_seed(0))
+            layer.self_attn.v_proj.weight /= scale[:, None]
+            per_query = scale.view(2, 1, 64).expand(2, 2, 64).flatten()
+            layer.self_attn.o_proj.weight *= per_query[None]
+    rewritten.save_pretrained(tmp_path / "model")
+    load_tokenizer(MODEL).save_pretrained(tmp_path / "model")
+    done = intactkv("check", tmp_path / "model", "--full", MODEL, "--kv", bos, "-o", tmp_path / "aligned")
+    assert done.returncode == 0, done.stderr
+    assert "values rescaled in 12 layers" in done.stdout
+    assert IntactKV.load(tmp_path / "aligned").provenance["basis"] == "full, values rescaled in 12 layers"

@@ -4,8 +4,8 @@ Quantizers may first rewrite a model into an equal one: AWQ moves a scale from v
 OmniQuant one between queries and keys, QuaRot and SpinQuant rotate. The function stays, keys and values do not, and
 an intact KV in the wrong basis does harm. Both models are shown the same random tokens; every block of the quantized
 model is given the *full* model's input, so that each layer shows its own rounding only, and each head's keys and
-values are fitted on the full model's: as they are, scaled per channel, rotated. The simplest relation that leaves little
-beyond rounding is taken; where none does, we refuse.
+values are fitted on the full model's: as they are, scaled per channel, rotated. The simplest relation that leaves
+little beyond rounding is taken; where none does, we refuse.
 
 What this gives up against reading weight rows: one forward of the full model. What it gains: it holds for any
 backend and architecture, fused projections, biases, MLA and online rotations of keys, without dequantizing anything.
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -82,8 +82,8 @@ def basis(
         for part, a, b in zip(("key", "value"), ours[layer], theirs[layer], strict=True):
             if a.shape != b.shape:
                 raise IntactKVError(
-                    f"layer {layer}'s {part}s have shape {tuple(a.shape)} in the full model and {tuple(b.shape)} in the "
-                    "quantized one; give the model it was quantized from"
+                    f"layer {layer}'s {part}s have shape {tuple(a.shape)} in the full model and {tuple(b.shape)} in "
+                    "the quantized one; give the model it was quantized from"
                 )
             for head in range(a.shape[1]):
                 kind, residual, as_is, transform = relate(a[:, head].flatten(0, 1), b[:, head].flatten(0, 1))
@@ -177,11 +177,12 @@ def residual_rotation(full: PreTrainedModel, model: PreTrainedModel) -> Float[Te
 
     Raises `IntactKVError` where the embeddings are neither the same nor rotated: another model, or another fine-tune.
     """
-    a, b = (m.get_input_embeddings().weight.detach() for m in (full, model))
+    tables: Any = [m.get_input_embeddings() for m in (full, model)]
+    a, b = (table.weight.detach() for table in tables)
     if a.shape != b.shape:
         raise IntactKVError(
-            f"the models' embeddings have shapes {tuple(a.shape)} and {tuple(b.shape)}; give the model it was quantized "
-            "from"
+            f"the models' embeddings have shapes {tuple(a.shape)} and {tuple(b.shape)}; give the model it was "
+            "quantized from"
         )
     rows = min(len(a), 4 * a.shape[1])  # enough for a fit, and no more
     a, b = a[:rows].double().cpu(), b[:rows].double().cpu()
@@ -192,7 +193,7 @@ def residual_rotation(full: PreTrainedModel, model: PreTrainedModel) -> Float[Te
     left = float((b - a @ rotation).square().sum() / energy)
     if left > MIXED:
         raise IntactKVError(
-            f"the models' embeddings are neither equal nor rotated forms of each other ({100 * left:.0f} % unexplained); "
-            "give the model it was quantized from, not another fine-tune"
+            f"the models' embeddings are neither equal nor rotated forms of each other ({100 * left:.0f} % "
+            "unexplained); give the model it was quantized from, not another fine-tune"
         )
     return rotation

@@ -1,4 +1,4 @@
-"""The command line: capture, eval, generate, demo. Errors are one sentence on stderr and exit code 1."""
+"""The command line: capture, check, eval, generate, demo. Errors are one sentence on stderr and exit code 1."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import Progress
 from transformers import PreTrainedTokenizerBase
 
+from intactkv.basis import align, basis, describe
 from intactkv.capture import capture, tokenizer_digest
 from intactkv.demo.run import run as run_demo
 from intactkv.evaluate import paper_windows, prefixed_windows, three_arms
@@ -19,7 +20,7 @@ from intactkv.generate import continuation, encode
 from intactkv.kv import IntactKV, IntactKVError
 from intactkv.load import load_model, load_tokenizer, read_text
 from intactkv.prefix import bos, chat_prefix, text_prefix
-from intactkv.report import arms_table, sentences, write_json
+from intactkv.report import arms_table, basis_table, sentences, write_json
 
 app = typer.Typer(
     help="Keep a quantized language model's memory of its first tokens in full precision.",
@@ -55,6 +56,32 @@ def capture_command(
         kv.save(out)
     console.print(f"{out}: {kv}")
     console.print(f"prefix {chosen} = {tokenizer.decode(chosen)!r}", markup=False)
+
+
+@app.command("check")
+def check_command(
+    model: Model,
+    full: Full,
+    kv: KV,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Write the intact KV in MODEL's basis here.", metavar="KV")
+    ] = None,
+) -> None:
+    """Are MODEL's keys and values the full model's, rescaled or rotated ones, or another's? Refuses the last."""
+    artifact = IntactKV.load(kv)
+    with console.status("loading both models"):
+        full_model, quantized = load_model(full), load_model(model)
+    with console.status("comparing every layer and head"):
+        relations = basis(full_model, quantized)
+    console.print(basis_table(relations))
+    aligned = align(artifact, relations)
+    changed = aligned is not artifact
+    console.print(f"basis: {describe(relations)}", highlight=False)
+    if out is not None:
+        aligned.save(out)
+        console.print(f"written: {out}")
+    elif changed:
+        console.print(f"{kv} does harm as it is: write the aligned one with -o KV and attach that", style="yellow")
 
 
 @app.command("eval")

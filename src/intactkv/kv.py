@@ -238,35 +238,42 @@ def fingerprint(config: PreTrainedConfig) -> dict[str, Any]:
     """
     config = config.get_text_config(decoder=True)
     fields = {path: _field(config, path) for path in _FINGERPRINT_FIELDS}
-    if fields["head_dim"] is None and fields["hidden_size"] and fields["num_attention_heads"]:
+    fields = {path: value for path, value in fields.items() if value is not _ABSENT}
+    if fields.get("head_dim") is None and fields.get("hidden_size") and fields.get("num_attention_heads"):
         fields["head_dim"] = fields["hidden_size"] // fields["num_attention_heads"]
-    if fields["num_key_value_heads"] is None:
+    if fields.get("num_key_value_heads") is None and "num_attention_heads" in fields:
         fields["num_key_value_heads"] = fields["num_attention_heads"]
-    if rope := fields["rope_parameters"]:
+    if rope := fields.get("rope_parameters"):
         fields["rope_parameters"] = {name: value for name, value in rope.items() if name != "type"}  # "rope_type" once
         if rope.get("rope_type") == "longrope":  # scales keys by the ratio of this length to the original one
             fields["max_position_embeddings"] = config.max_position_embeddings
-    return json.loads(json.dumps({name: value for name, value in fields.items() if value is not None}))
+    return json.loads(json.dumps(fields))
+
+
+_ABSENT = object()
 
 
 def _field(config: PreTrainedConfig, path: str) -> Any:
     value: Any = config
     for name in path.split("."):
         try:
-            value = getattr(value, name, None)
+            value = getattr(value, name, _ABSENT)
         except RuntimeError:  # transformers' refusal to name one value for a field that differs from layer to layer
             value = [getattr(layer, name, None) for layer in value.per_layer_config]
     return value
 
 
 def check_fingerprint(kv: IntactKV, config: PreTrainedConfig) -> None:
-    """Raise `IntactKVError` naming the first field in which the model differs from the one `kv` was captured from."""
+    """Raise `IntactKVError` naming the first field in which the model differs from the one `kv` was captured from.
+
+    Fields that only one of the two has are no difference: transformers adds and moves fields from version to version.
+    """
     want, have = kv.fingerprint, fingerprint(config)
-    for name in sorted({*want, *have}):
-        if want.get(name) != have.get(name):
+    for name in sorted(want.keys() & have.keys()):
+        if want[name] != have[name]:
             raise IntactKVError(
-                f"this intact KV was captured from a model with {name}={want.get(name)!r}, the model given has "
-                f"{name}={have.get(name)!r}; capture one from the model's own full-precision form"
+                f"this intact KV was captured from a model with {name}={want[name]!r}, the model given has "
+                f"{name}={have[name]!r}; capture one from the model's own full-precision form"
             )
 
 

@@ -10,7 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from huggingface_hub import snapshot_download
+from safetensors import safe_open
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging
 
 from intactkv.kv import IntactKVError
@@ -19,27 +28,67 @@ from intactkv.kv import IntactKVError
 def load_model(source: str | os.PathLike[str], *, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
     """A causal LM in eval mode from a folder or hub name, quantized checkpoints included.
 
-    Raises `IntactKVError` where there is none, and where the checkpoint and transformers' model do not hold the
-    same tensors: what is missing would be random, what is unexpected (a rotated checkpoint's online transforms, for
-    one) would be dropped.
+    Rotations that a compressed-tensors checkpoint wants done while the model runs, which transformers drops, are put
+    back. Raises `IntactKVError` where there is no model, and where the checkpoint and transformers' model do not hold
+    the same tensors: what is missing would be random, what is unexpected would be dropped.
     """
+    model, losses = load_with_losses(source, dtype=dtype)
+    for kind, names in losses.items():
+        if names:
+            raise IntactKVError(
+                f"{source} does not fit transformers' {type(model).__name__}: {kind.replace('_', ' ')} such as "
+                f"{names[0]}; load it with the library that made it and call intactkv from Python"
+            )
+    return model
+
+
+def load_with_losses(
+    source: str | os.PathLike[str], *, dtype: torch.dtype | str = "auto"
+) -> tuple[PreTrainedModel, dict[str, list[str]]]:
+    """As `load_model`, but what did not fit is returned by kind: missing, unexpected and mismatched keys."""
     _check_exists(source)
     try:
         with _quiet():
             loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True)
             model, report = loaded
+            restored: set[str] = set()
             if getattr(model.config, "quantization_config", None) is not None:
                 with torch.no_grad():  # some checkpoints unpack, with a progress bar, at their first forward
                     model(torch.zeros(1, 1, dtype=torch.int64, device=model.device))
-    except (OSError, ValueError, KeyError, ImportError) as error:
+                if report["unexpected_keys"]:
+                    restored = _restore_transforms_(model, source, set(report["unexpected_keys"]))
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         raise IntactKVError(f"{source} cannot be loaded as a causal LM: {_first_line(error)}") from error
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if report[kind]:
-            raise IntactKVError(
-                f"{source} does not fit transformers' {type(model).__name__}: {kind.replace('_', ' ')} such as "
-                f"{sorted(report[kind])[0]}; load it with the library that made it and call intactkv from Python"
-            )
-    return model.eval()
+    kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
+    return model.eval(), {kind: sorted({*map(str, report[kind])} - restored) for kind in kinds}
+
+
+def _restore_transforms_(model: PreTrainedModel, source: str | os.PathLike[str], unexpected: set[str]) -> set[str]:
+    """Put a compressed-tensors checkpoint's online transforms back and return which unexpected tensors they took.
+
+    transformers 5.15 to 5.23 ignores `transform_config`. Transforms of weights are in the weights already; those of
+    inputs and outputs are hooks, with matrices of their own in the checkpoint, of which tied ones are stored once.
+    """
+    config = PreTrainedConfig.get_config_dict(source)[0]["quantization_config"].get("transform_config") or {}
+    groups = {
+        name: {**group, "apply": online}
+        for name, group in config.get("config_groups", {}).items()
+        if (online := [place for place in group["apply"] if not place["location"].startswith("weight")])
+    }
+    if not groups:
+        return set()
+    from compressed_tensors.transform import TransformConfig, apply_transform_config
+
+    before = set(model.state_dict())
+    apply_transform_config(model, TransformConfig.model_validate({**config, "config_groups": groups}))
+    wanted = (set(model.state_dict()) - before) & unexpected
+    folder = source if Path(source).is_dir() else snapshot_download(str(source), allow_patterns="*.safetensors")
+    tensors: dict[str, Tensor] = {}
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            tensors |= {name: file.get_tensor(name) for name in wanted & set(file.keys())}
+    model.load_state_dict(tensors, strict=False)
+    return set(tensors)
 
 
 def load_tokenizer(source: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
@@ -64,13 +113,15 @@ def read_text(path: str | os.PathLike[str]) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No progress bars of other libraries: transformers' own switch, and stderr for those that have none."""
-    shown = logging.is_progress_bar_enabled()
+    """No progress bars and reports of other libraries: transformers' own switches, stderr for those without one."""
+    shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    logging.set_verbosity_error()  # its report of lost keys becomes our error
     try:
         with redirect_stderr(io.StringIO()):
             yield
     finally:
+        logging.set_verbosity(verbosity)
         if shown:
             logging.enable_progress_bar()
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -118,8 +119,9 @@ def _merging(tokenizer: PreTrainedTokenizerBase, head: str, most: int = 32) -> l
                     tokenizer.convert_tokens_to_string(t) for t in ([token[:cut]], [token[:cut], token[cut:]])
                 )
                 rests[token[:cut]].append(whole[len(part) :])  # not alone: decoders drop a blank at a text's beginning
-    marks = [mark for mark in map(chr, range(0x300, 0x370)) if len(unicodedata.normalize("NFC", head[-1:] + mark)) == 1]
-    return [rest for group in (*rests.values(), marks[: len(head)][:1]) for rest in group if rest]
+    composes = (m for m in map(chr, range(0x300, 0x370)) if len(unicodedata.normalize("NFC", head[-1] + m)) == 1)
+    mark = next(composes, "") if head else ""
+    return [rest for rest in (*chain(*rests.values()), mark) if rest]
 
 
 def _name(tokenizer: PreTrainedTokenizerBase) -> str:

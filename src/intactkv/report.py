@@ -9,12 +9,14 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
 from rich.box import SIMPLE
 from rich.table import Table
 
+from intactkv.basis import Relation
 from intactkv.evaluate import Evaluation, Interval
 from intactkv.pivots import LayerPivot, uniform_mass
 
@@ -51,6 +53,21 @@ def pivot_sentence(pivots: Sequence[LayerPivot], length: int) -> str:
         f"{100 * uniform_mass(length):.0f} %) and a hidden state up to {ratio:.0f}× the median token's, where large "
         "models show over 50 % and up to 1000×."
     )
+
+
+def basis_table(relations: Sequence[Relation]) -> Table:
+    """How many heads of keys and values stand in which relation to the full model's, and what is left unexplained."""
+    table = Table(box=SIMPLE, title="Keys and values against the full model's", padding=(0, 1))
+    for heading in ("part", "relation", "heads", "left unexplained, median", "largest", "as it is, median"):
+        table.add_column(heading, justify="left" if heading in ("part", "relation") else "right")
+    for part in ("key", "value"):
+        for kind in ("same", "scale", "rotation", "other"):
+            found = [r for r in relations if r.part == part and r.kind == kind]
+            if found:
+                left, as_is = [r.residual for r in found], [r.as_is for r in found]
+                shares = [f"{100 * share:.2g} %" for share in (median(left), max(left), median(as_is))]
+                table.add_row(part, kind, str(len(found)), *shares)
+    return table
 
 
 def arms_table(figures: dict[str, Any], *, title: str) -> Table:

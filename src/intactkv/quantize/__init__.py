@@ -1,0 +1,17 @@
+"""Quantize a full model into a checkpoint that transformers and vLLM load, with the intact KV that fits it."""
+
+from intactkv.quantize.checkpoint import PREFIX_KV, RECIPE, quantize
+from intactkv.quantize.methods import AWQ, GPTQ, RTN, AutoRound, Method, Rotated, SmoothQuant
+
+__all__ = [
+    "AWQ",
+    "GPTQ",
+    "PREFIX_KV",
+    "RECIPE",
+    "RTN",
+    "AutoRound",
+    "Method",
+    "Rotated",
+    "SmoothQuant",
+    "quantize",
+]

@@ -1,0 +1,242 @@
+"""Quantize a full model's Linear layers into a packed checkpoint that transformers and vLLM load.
+
+The arithmetic is llm-compressor's. This file keeps the full model untouched, captures the intact KV in the quantized
+model's own basis, records what was done as plain JSON, and writes the folder whole or not at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from intactkv.capture import capture
+from intactkv.evaluate.windows import prefixed_windows
+from intactkv.kv import IntactKVError, weights_digest
+from intactkv.load import load_with_losses
+from intactkv.quantize.compress import compress_
+from intactkv.quantize.methods import Method, recipe
+from intactkv.quantize.quiet import quiet
+
+PREFIX_KV = "prefix.intactkv.safetensors"
+RECIPE = "intactkv.json"
+_TOKENIZER_FILES = ("*token*", "vocab*", "merges*", "chat_template*", "*.model", "*.tiktoken")
+_WINDOW, _WINDOWS = 512, 128
+
+
+def quantize(
+    model: PreTrainedModel | str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    method: Method,
+    calibration: Int[Tensor, "window token"] | str | None = None,
+    prefix: Sequence[int] | Tensor | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Path:
+    """Quantize the Linear layers of `model` by `method` and save a compressed-tensors checkpoint in folder `out`.
+
+        quantize("Llama-3.1-8B", "Llama-3.1-8B-W3", method=AWQ(bits=3), calibration=text, prefix=bos(tokenizer))
+        model = load_model("Llama-3.1-8B-W3")
+        attach(model, IntactKV.load("Llama-3.1-8B-W3/prefix.intactkv.safetensors"))
+
+    `model` is a folder, a name on the Hub, or a model in memory, and stays as it is. Embeddings and output
+    head are not quantized. llm-compressor works in the model's own dtype: in bfloat16 the error can exceed
+    scale/2, at 8 bits two- to threefold. Tokenizer files come along unless the model was in memory.
+
+    `calibration` are token windows, or a text, of which the first 128 windows of at most 512 tokens are taken, each
+    beginning with the prefix or else with BOS. With `prefix` ids, the folder also holds their intact KV, computed by
+    the full model after the method's transforms and before its rounding: this, and not the full model's own, fits
+    this checkpoint. `intactkv.json` in it says how it was made. `progress(done, total)` counts blocks.
+
+    Raises IntactKVError when llm-compressor is missing, `out` is not empty, `model` cannot be read, is
+    quantized already, has nothing to quantize or does not fit `method`, where calibration is needed and not given,
+    or where transformers cannot load the result back.
+    """
+    out = Path(out)
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise IntactKVError(f"{out} exists and is not empty; remove it or choose another folder")
+    if importlib.util.find_spec("llmcompressor") is None:
+        raise IntactKVError("quantizing needs llm-compressor: pip install 'intactkv[demo]'")
+    if method.needs_calibration and calibration is None:
+        name = type(method).__name__
+        raise IntactKVError(f"{name} learns from text and calibration is None; give token windows, or use RTN")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with quiet(), tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
+        checkpoint = Path(scratch) / "quantized"
+        if isinstance(model, PreTrainedModel):  # llm-compressor works in place: give it a model of its own
+            _refuse_quantized(model.config)
+            source, name = Path(scratch) / "full", str(model.config.name_or_path)
+            model.save_pretrained(source)
+        else:
+            source, name = Path(model), str(model)
+        full, tokenizer = _load(source), _tokenizer(source)
+        windows = _windows(calibration, full, tokenizer, prefix) if method.needs_calibration else None
+        _write(full, checkpoint, method, windows, _keeper(full, prefix, tokenizer, checkpoint, name), progress)
+        del full
+        _record(checkpoint, method, windows, prefix)
+        _check_loads(checkpoint)
+        _copy_tokenizer(source, tokenizer, checkpoint)
+        checkpoint.replace(out)
+    return out
+
+
+def _load(source: Path) -> PreTrainedModel:
+    """The full model, fresh from its checkpoint, in the dtype it was saved in."""
+    try:
+        _refuse_quantized(AutoConfig.from_pretrained(source))
+        return AutoModelForCausalLM.from_pretrained(source, dtype="auto").eval()
+    except IntactKVError:
+        raise
+    except (OSError, ValueError, SafetensorError) as error:
+        raise IntactKVError(f"{source} is neither a model's folder nor a model on the Hub that can be read") from error
+
+
+def _refuse_quantized(config: PreTrainedConfig) -> None:
+    if getattr(config, "quantization_config", None) is not None:
+        raise IntactKVError("the model is quantized already; give the full-precision one")
+
+
+def _tokenizer(source: Path) -> PreTrainedTokenizerBase | None:
+    try:
+        return AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError, KeyError, ImportError):  # a model without one can be quantized all the same
+        return None
+
+
+def _windows(
+    calibration: Any,
+    full: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    prefix: Sequence[int] | Tensor | None,
+) -> Int[Tensor, "window token"]:
+    """The calibration as checked token windows on the CPU."""
+    config = full.config.get_text_config(decoder=True)
+    if isinstance(calibration, str):
+        if tokenizer is None:
+            raise IntactKVError("calibration is text, but the model has no tokenizer beside it; give token windows")
+        tokens = tokenizer(calibration, add_special_tokens=False, verbose=False).input_ids
+        start = [tokenizer.bos_token_id] if prefix is None else [int(token) for token in prefix]
+        start = tokens[:1] if start == [None] else start
+        window = min(_WINDOW, getattr(config, "max_position_embeddings", _WINDOW), len(tokens) + len(start))
+        return prefixed_windows(tokens, prefix=start, window=window).ids[:_WINDOWS]
+    windows = torch.as_tensor(calibration).cpu()
+    if windows.ndim != 2 or windows.dtype != torch.int64 or windows.numel() == 0:
+        raise IntactKVError(
+            f"calibration is {windows.dtype} of shape {tuple(windows.shape)}; it must be non-empty int64 of shape "
+            "(window, token), such as prefixed_windows(…).ids, or a text"
+        )
+    if int(windows.min()) < 0 or int(windows.max()) >= config.vocab_size:
+        raise IntactKVError(
+            f"calibration holds ids from {int(windows.min())} to {int(windows.max())}, outside the vocabulary of "
+            f"{config.vocab_size}; tokenize with this model's tokenizer"
+        )
+    return windows
+
+
+def _keeper(
+    full: PreTrainedModel,
+    prefix: Sequence[int] | Tensor | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    checkpoint: Path,
+    name: str,
+) -> Callable[[str, PreTrainedModel], None] | None:
+    """What keeps the intact KV of the transformed model beside the checkpoint, or None without a prefix."""
+    if prefix is None:
+        return None
+    origin = {"model": name, "weights": weights_digest(full)}  # of the full model as it was given
+
+    def keep(basis: str, transformed: PreTrainedModel) -> None:
+        kv = capture(transformed, prefix, tokenizer=tokenizer)
+        checkpoint.mkdir(exist_ok=True)
+        replace(kv, provenance={**kv.provenance, **origin, "basis": basis}).save(checkpoint / PREFIX_KV)
+
+    return keep
+
+
+def _write(
+    full: PreTrainedModel,
+    checkpoint: Path,
+    method: Method,
+    windows: Int[Tensor, "window token"] | None,
+    keep: Callable[[str, PreTrainedModel], None] | None,
+    progress: Callable[[int, int], None] | None,
+) -> None:
+    """Quantize `full` in place, keep its intact KV on the way, and save it packed."""
+    transformed = None if keep is None else partial(keep, method.basis)
+    compress_(full, method, windows, transformed=transformed, progress=progress)
+    full.save_pretrained(checkpoint, save_compressed=True)
+    # Its YAML names Python objects, which no safe loader reads; `intactkv.json` says more.
+    (checkpoint / "recipe.yaml").unlink()
+
+
+def _record(
+    checkpoint: Path,
+    method: Method,
+    windows: Int[Tensor, "window token"] | None,
+    prefix: Sequence[int] | Tensor | None,
+) -> None:
+    """Write `intactkv.json`: the method with its settings, its basis, the calibration's digest, the versions."""
+    learned = None
+    if windows is not None:
+        digest = hashlib.sha256(windows.contiguous().numpy().tobytes()).hexdigest()
+        learned = {"windows": windows.shape[0], "tokens": windows.shape[1], "sha256": digest}
+    data = {
+        **recipe(method),
+        "basis": method.basis,
+        "calibration": learned,
+        "prefix": None if prefix is None else [int(token) for token in prefix],
+        "versions": {name: _version(name) for name in ("intactkv", "llmcompressor", "compressed-tensors",
+                                                       "auto-round", "transformers", "torch")},
+    }  # fmt: skip
+    (checkpoint / RECIPE).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _check_loads(checkpoint: Path) -> None:
+    """Refuse what transformers would complete with random weights, such as Mixtral's and GPT-OSS's experts."""
+    try:
+        _, losses = load_with_losses(checkpoint)
+    except IntactKVError as error:
+        raise IntactKVError(f"transformers cannot load the quantized model back: {error.__cause__ or error}") from error
+    lost = sorted(name for names in losses.values() for name in names)
+    if lost:
+        raise IntactKVError(f"transformers cannot load the quantized {lost[0]} back; use another architecture")
+
+
+def _copy_tokenizer(source: Path, tokenizer: PreTrainedTokenizerBase | None, checkpoint: Path) -> None:
+    """A folder's tokenizer files as they are; of a model on the Hub, what its tokenizer writes."""
+    if not source.is_dir():
+        if tokenizer is not None:
+            tokenizer.save_pretrained(checkpoint)
+        return
+    for pattern in _TOKENIZER_FILES:
+        for file in source.glob(pattern):
+            shutil.copyfile(file, checkpoint / file.name)

@@ -1,0 +1,157 @@
+"""Run a method's recipe on a model in memory, in place, and show it in between: transformed, not yet rounded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel
+
+from intactkv.kv import IntactKVError
+from intactkv.quantize.methods import Method
+from intactkv.quantize.quiet import patched
+
+# A transform must leave the function alone. Of the logits' spread, float32 leaves 1e-5 and bfloat16 some hundredths; an
+# architecture whose norms or residuals a recipe misjudges is off by about 1.
+_SAME = 0.1
+_TOKENS_AT_ONCE = 4096
+
+
+def compress_(
+    full: PreTrainedModel,
+    method: Method,
+    calibration: Int[Tensor, "window token"] | None = None,
+    *,
+    transformed: Callable[[PreTrainedModel], Any] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Transform and round `full` by `method`, in place; its weights are rounded, not yet packed.
+
+    `transformed` is called once with the model after the transforms and before any rounding, which is switched off
+    for it. `progress(done, total)` counts blocks. Raises IntactKVError where the method does not fit the model.
+    """
+    from llmcompressor import oneshot
+    from llmcompressor.core import LifecycleCallbacks, create_session
+    from llmcompressor.modeling.moe.linearize import linearize_moe
+    from llmcompressor.pipelines.cache import IntermediatesCache
+
+    from intactkv.quantize.steps import Call
+
+    linearize_moe(full)  # experts kept in one tensor become Linear layers; a dense model is left alone
+    ignore = _checked_targets(full, method)
+    probe, before = _probe(full, calibration)
+
+    def look(model: PreTrainedModel) -> None:
+        if method.basis != "full":
+            _check_same(before, _logits(model, probe), method, model)
+        if transformed is not None:
+            transformed(model)
+
+    try:
+        steps = [*method.transforms(full), Call(function=unrounded(look)), *method.rounding(full, ignore)]
+        count = _ticker(LifecycleCallbacks.sequential_epoch_end, steps, full, progress)
+        no_tokenizer: Any = object()  # without one oneshot looks for its own, and fails where there is none
+        # A method that learns nothing is shown something all the same: llm-compressor wants data to set up a KV cache.
+        data = _batches(calibration if calibration is not None and method.needs_calibration else probe, method)
+        with (
+            create_session(),
+            patched(IntermediatesCache, "pin_memory", _pin(IntermediatesCache)),
+            patched(LifecycleCallbacks, "sequential_epoch_end", count),
+        ):
+            oneshot(model=full, recipe=steps, dataset=data, processor=no_tokenizer)
+    except IntactKVError:
+        raise
+    except (Exception, SystemExit) as error:  # llm-compressor raises whatever its parts do, AutoRound even exits
+        raise IntactKVError(
+            f"llm-compressor's {type(method).__name__} fails on {type(full).__name__} ({_first_line(error)}); use RTN"
+        ) from error
+
+
+def unrounded(function: Callable[[PreTrainedModel], Any]) -> Callable[[PreTrainedModel], None]:
+    """`function`, called with all rounding of its model switched off, which is afterwards as it was."""
+
+    def call(model: PreTrainedModel) -> None:
+        from compressed_tensors.quantization import disable_quantization
+
+        modules: list[Any] = [module for module in model.modules() if hasattr(module, "quantization_enabled")]
+        before = [module.quantization_enabled for module in modules]
+        model.apply(disable_quantization)
+        try:
+            function(model)
+        finally:
+            for module, enabled in zip(modules, before, strict=True):
+                module.quantization_enabled = enabled
+
+    return call
+
+
+def _checked_targets(full: PreTrainedModel, method: Method) -> list[str]:
+    """The names of Linear layers *not* to round: the output head's. Raises where there is nothing to round."""
+    head = full.get_output_embeddings()
+    layers = [(name, module) for name, module in full.named_modules() if type(module) is nn.Linear]
+    widths = {name: layer.in_features for name, layer in layers if layer is not head}
+    if not widths:
+        raise IntactKVError(f"{type(full).__name__} has no torch.nn.Linear to quantize; use another model")
+    method.levels.check(widths)
+    return [name for name, layer in layers if layer is head]
+
+
+def _pin(cache: Any) -> Callable[..., None]:
+    """Memory can be pinned for an accelerator only; without one AWQ would fail in trying."""
+    return cache.pin_memory if torch.accelerator.is_available() else lambda *args, **kwargs: None
+
+
+def _batches(calibration: Int[Tensor, "window token"], method: Method) -> DataLoader[Any]:
+    size = 1 if method.levels.one_by_one else max(1, _TOKENS_AT_ONCE // calibration.shape[1])
+    rows: Any = list(calibration)
+    return DataLoader(rows, batch_size=size, collate_fn=lambda batch: {"input_ids": torch.stack(batch)})
+
+
+def _probe(
+    full: PreTrainedModel, calibration: Int[Tensor, "window token"] | None
+) -> tuple[Int[Tensor, "1 token"], Float[Tensor, "1 token vocab"]]:
+    """A few tokens and the full model's logits on them."""
+    vocab = full.config.get_text_config(decoder=True).vocab_size
+    probe = torch.arange(min(32, vocab))[None] if calibration is None else calibration[:1, :32]
+    return probe, _logits(full, probe)
+
+
+@torch.no_grad()
+def _logits(model: PreTrainedModel, ids: Int[Tensor, "batch token"]) -> Float[Tensor, "batch token vocab"]:
+    return model(input_ids=ids.to(model.device), use_cache=False).logits.float()
+
+
+def _check_same(before: Tensor, after: Tensor, method: Method, model: PreTrainedModel) -> None:
+    off = float((after - before).std() / before.std())
+    if not off < _SAME:
+        raise IntactKVError(
+            f"{method.basis} changes what {type(model).__name__} computes (its logits by {off:.2g} of their spread, "
+            f"{_SAME} is allowed), so llm-compressor does not know this architecture; use RTN or GPTQ"
+        )
+
+
+def _ticker(
+    event: Callable[..., Any], steps: list[Any], full: PreTrainedModel, progress: Callable[[int, int], None] | None
+) -> Callable[..., Any]:
+    """llm-compressor's end-of-block event, which also reports how many of all blocks of all steps are done."""
+    blocks = full.config.get_text_config(decoder=True).num_hidden_layers + 1
+    total = sum(blocks if step.requires_calibration_data else 1 for step in steps)
+    done = 0
+
+    def ended(*args: Any, **kwargs: Any) -> Any:
+        nonlocal done
+        result = event(*args, **kwargs)
+        done = min(done + 1, total)
+        if progress is not None:
+            progress(done, total)
+        return result
+
+    return ended
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,291 @@
+"""The methods: each a frozen dataclass whose fields are its settings, and a short llm-compressor recipe.
+
+A recipe has two parts. `transforms` rewrite the full model into an equal one that rounds better: AWQ's and
+SmoothQuant's scales, rotations. `rounding` then rounds it, weights and perhaps activations and the KV cache. Between
+the two, and only there, stands the model whose keys and values are intact *in the quantized model's basis*.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, TypeAlias
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from intactkv.kv import IntactKVError
+
+_BITS = (2, 3, 4, 8)
+
+
+@dataclass(frozen=True)
+class _Levels:
+    """What is rounded, and to how many levels. RTN is the plainest of those who use it, see there."""
+
+    bits: int = 4
+    group_size: int | None = 128
+    symmetric: bool = True
+    activation_bits: int | None = None
+    kv_bits: int | None = None
+
+    basis: ClassVar[str] = "full"
+    needs_calibration: ClassVar[bool] = False
+    one_by_one: ClassVar[bool] = False  # must it be shown one window at a time?
+
+    def __post_init__(self) -> None:
+        for name in ("bits", "activation_bits", "kv_bits"):
+            if (value := getattr(self, name)) not in _BITS and (value is not None or name == "bits"):
+                raise IntactKVError(f"{name}={value} is not supported; use one of {', '.join(map(str, _BITS))}")
+        if self.group_size is not None and self.group_size < 1:
+            raise IntactKVError(f"group_size={self.group_size} must be positive; 128 is usual, None is one whole row")
+
+    @property
+    def levels(self) -> _Levels:
+        return self
+
+    def check(self, widths: dict[str, int]) -> None:
+        """Raise IntactKVError for the first layer, of these input widths, that cannot be cut into groups."""
+        for name, width in widths.items():
+            if self.group_size is not None and width % self.group_size:
+                raise IntactKVError(
+                    f"group_size={self.group_size} does not divide in_features={width} of {name}; use a divisor"
+                )
+
+    def transforms(self, full: PreTrainedModel) -> list[Any]:
+        return []
+
+    def rounding(self, full: PreTrainedModel, ignore: Sequence[str]) -> list[Any]:
+        from llmcompressor.modifiers.quantization import QuantizationModifier
+
+        return [QuantizationModifier(**self._scheme(full, ignore))]
+
+    def _scheme(self, full: PreTrainedModel, ignore: Sequence[str]) -> dict[str, Any]:
+        """The same for every modifier that rounds: Linear layers but the ignored, their inputs, the KV cache."""
+        from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+
+        grid = {"strategy": "channel"} if self.group_size is None else {"group_size": self.group_size}
+        weights = QuantizationArgs(num_bits=self.bits, symmetric=self.symmetric, **grid)
+        inputs = kv_cache = None
+        if self.activation_bits is not None:
+            inputs = QuantizationArgs(num_bits=self.activation_bits, symmetric=True, strategy="token", dynamic=True)
+        if self.kv_bits is not None:
+            # One scale for each head of each token. Strategy "token" would give one to all tokens of a head: its
+            # dimensions are (batch, token, hidden), the cache's (batch, head, token, dim).
+            one_head = {"strategy": "group", "group_size": head_dim(full)}
+            kv_cache = QuantizationArgs(num_bits=self.kv_bits, symmetric=False, dynamic=True, **one_head)
+        scheme = QuantizationScheme(targets=["Linear"], weights=weights, input_activations=inputs)
+        return {"config_groups": {"group_0": scheme}, "kv_cache_scheme": kv_cache, "ignore": list(ignore)}
+
+
+@dataclass(frozen=True)
+class RTN(_Levels):
+    """Round every weight to the nearest of 2^bits levels, spaced evenly over `group_size` weights of its row.
+
+    Symmetric levels are centred on zero: scale = max|w| / ((2^bits - 1) / 2). Asymmetric ones run from
+    min(w, 0) to max(w, 0) and keep a zero point: about 10 % less error, but transformers 5.23 loads them only
+    with `quantization_config=CompressedTensorsConfig(dequantize=True)`; 5.17 needs no flag for either.
+    `group_size=None` is one group for a whole row. With `activation_bits`, the inputs of every quantized layer are
+    rounded too when the model runs, symmetrically, each token on its own; with `kv_bits`, keys and values as they
+    enter the cache, asymmetrically, each head of each token on its own.
+    """
+
+
+@dataclass(frozen=True)
+class GPTQ(_Levels):
+    """Round column after column, each time moving the error into the columns still to come.
+
+    Columns go by falling activation size. `damping` is the share of the Hessian's mean diagonal added to it.
+    Other settings as in `RTN`. Needs calibration.
+
+    Source: Frantar et al., "GPTQ", ICLR 2023, arXiv 2210.17323.
+    """
+
+    damping: float = 0.01
+
+    needs_calibration: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.damping < 1:
+            raise IntactKVError(f"damping={self.damping} must lie between 0 and 1; 0.01 is usual")
+
+    def rounding(self, full: PreTrainedModel, ignore: Sequence[str]) -> list[Any]:
+        from llmcompressor.modifiers.gptq import GPTQModifier
+
+        return [GPTQModifier(dampening_frac=self.damping, **self._scheme(full, ignore))]
+
+
+@dataclass(frozen=True)
+class AWQ(_Levels):
+    """Scale up the weights that large activations meet, then round to nearest.
+
+    Each scale is the best of `grid` powers of the mean activation. Where a model has as many value as query heads,
+    v_proj is scaled against o_proj: its values are then the full model's divided by a scale per channel.
+    Other settings as in `RTN`. Needs calibration.
+
+    Source: Lin et al., "AWQ", MLSys 2024, arXiv 2306.00978.
+    """
+
+    symmetric: bool = False
+    grid: int = 20
+
+    basis: ClassVar[str] = "awq"
+    needs_calibration: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.grid < 3:
+            raise IntactKVError(f"grid={self.grid} leaves nothing to choose from; use 3 or more, 20 is usual")
+
+    def transforms(self, full: PreTrainedModel) -> list[Any]:
+        from llmcompressor.modifiers.transform.awq import AWQModifier
+
+        return [AWQModifier(n_grid=self.grid)]
+
+
+@dataclass(frozen=True)
+class AutoRound(_Levels):
+    """Learn, block after block, by how much each weight is rounded up or down: `iterations` steps of signed descent.
+
+    The maintained successor of learned clipping (OmniQuant). It works in bfloat16, and so is its checkpoint. Only
+    symmetric levels: llm-compressor 0.14 loses the zero points of asymmetric ones. Other settings as in `RTN`.
+    Needs calibration.
+
+    Source: Cheng et al., "Optimize Weight Rounding via Signed Gradient Descent", 2023, arXiv 2309.05516.
+    """
+
+    iterations: int = 200
+
+    needs_calibration: ClassVar[bool] = True
+    one_by_one: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.symmetric:
+            raise IntactKVError("symmetric=False would lose AutoRound's zero points in llm-compressor; use True")
+        if self.iterations < 1:
+            raise IntactKVError(f"iterations={self.iterations} must be positive; 200 is usual")
+
+    def rounding(self, full: PreTrainedModel, ignore: Sequence[str]) -> list[Any]:
+        from llmcompressor.modifiers.autoround import AutoRoundModifier
+
+        from intactkv.quantize.steps import Call
+
+        # AutoRound would turn the blocks alone into bfloat16, and the next float32 input would not fit them.
+        cast = Call(function=lambda model: nn.Module.to(model, torch.bfloat16))
+        tune = AutoRoundModifier(iters=self.iterations, enable_torch_compile=False, **self._scheme(full, ignore))
+        return [cast, tune]
+
+
+@dataclass(frozen=True)
+class SmoothQuant:
+    """Move the range of activations into weights, `strength` of it, then round both; W8A8 unless told otherwise.
+
+    Needs calibration. Keys and values stay as they are: what is scaled are the norms before and the weights after.
+
+    Source: Xiao et al., "SmoothQuant", ICML 2023, arXiv 2211.10438, equation 4.
+    """
+
+    levels: RTN | GPTQ = RTN(8, None, activation_bits=8)
+    strength: float = 0.5
+
+    basis: ClassVar[str] = "smoothquant"
+    needs_calibration: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        _check_levels(self.levels)
+        if not 0 <= self.strength <= 1:
+            raise IntactKVError(f"strength={self.strength} must lie between 0 and 1; 0.5 is usual")
+
+    def transforms(self, full: PreTrainedModel) -> list[Any]:
+        from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
+
+        return [SmoothQuantModifier(smoothing_strength=self.strength)]
+
+    def rounding(self, full: PreTrainedModel, ignore: Sequence[str]) -> list[Any]:
+        return self.levels.rounding(full, ignore)
+
+
+@dataclass(frozen=True)
+class Rotated:
+    """Rotate by Hadamard matrices, which spreads outliers over all channels, then round; W4A4 unless told otherwise.
+
+    R1 turns the residual stream, R2 the values of each head, and both vanish into the weights; R4 turns the input
+    of the down projection while the model runs, and transformers drops it on loading: use
+    `intactkv.load.load_model`, which puts it back. Matrices are block-diagonal in blocks of `block_size`, by
+    default the largest power of two that divides both widths. Needs calibration if its `levels` do.
+
+    Source: Ashkboos et al., "QuaRot", 2024, arXiv 2404.00456; Liu et al., "SpinQuant", 2024, arXiv 2405.16406.
+    """
+
+    levels: RTN | GPTQ = RTN(4, None, activation_bits=4)
+    rotations: tuple[str, ...] = ("R1", "R2", "R4")
+    block_size: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_levels(self.levels)
+        if not self.rotations or not set(self.rotations) <= {"R1", "R2", "R4"}:
+            raise IntactKVError(f"rotations={self.rotations} must be some of 'R1', 'R2', 'R4'; all three is usual")
+        if self.block_size is not None and not _is_power_of_two(self.block_size):
+            raise IntactKVError(f"block_size={self.block_size} must be a power of two, or None for the largest")
+
+    @property
+    def basis(self) -> str:
+        return " ".join(["rotated", *self.rotations])
+
+    @property
+    def needs_calibration(self) -> bool:
+        return self.levels.needs_calibration
+
+    def transforms(self, full: PreTrainedModel) -> list[Any]:
+        from intactkv.quantize.steps import Rotate
+
+        if "R2" in self.rotations and not _is_power_of_two(head_dim(full)):
+            raise IntactKVError(f"head_dim={head_dim(full)} is no power of two, which R2 needs; leave R2 out")
+        settings: dict[str, Any] = {
+            "rotations": list(self.rotations),
+            "transform_block_size": self._block(full),
+            "precision": torch.float32,  # of R4, in the model's forward; R1 and R2 are fused in float64
+        }
+        return [Rotate(**settings)]
+
+    def rounding(self, full: PreTrainedModel, ignore: Sequence[str]) -> list[Any]:
+        return self.levels.rounding(full, ignore)
+
+    def _block(self, full: PreTrainedModel) -> int:
+        """The largest power of two in both widths, or the block asked for if it divides them."""
+        config = full.config.get_text_config(decoder=True)
+        widths = config.hidden_size, getattr(config, "intermediate_size", config.hidden_size)
+        largest = min(width & -width for width in widths)
+        if self.block_size is not None and largest % self.block_size:
+            raise IntactKVError(
+                f"block_size={self.block_size} does not divide the widths {widths[0]} and {widths[1]}; "
+                f"use {largest} or a smaller power of two"
+            )
+        return self.block_size or largest
+
+
+Method: TypeAlias = RTN | GPTQ | AWQ | AutoRound | SmoothQuant | Rotated
+
+
+def recipe(method: Method | _Levels) -> dict[str, Any]:
+    """The method's name and settings as plain data for JSON."""
+    settings = {field.name: getattr(method, field.name) for field in fields(method)}
+    plain = {name: recipe(value) if isinstance(value, _Levels) else value for name, value in settings.items()}
+    return {"method": type(method).__name__, **plain}
+
+
+def head_dim(model: PreTrainedModel) -> int:
+    config = model.config.get_text_config(decoder=True)
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def _check_levels(levels: Any) -> None:
+    if type(levels) not in (RTN, GPTQ):
+        raise IntactKVError(f"levels={levels!r} must be RTN(…) or GPTQ(…), the method that rounds after the transform")
+
+
+def _is_power_of_two(number: int) -> bool:
+    return number > 0 and number & (number - 1) == 0
