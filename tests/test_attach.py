@@ -384,7 +384,7 @@ def test_quantized_cache_gives_back_the_prefix_bit_for_bit_and_keeps_it_out_of_e
     stored = []
     for artifact in (kv, loud):
         cache = quantized_cache(model, axis_key=axis, axis_value=axis, q_group_size=16 if axis == 0 else 6)
-        with attach(model, artifact):
+        with attach(model, artifact, check=False):
             model(ids, attention_mask=mask[:, :20], position_ids=positions, past_key_values=cache)
         stored.append(cache.layers[0]._dequantize(cache.layers[0]._quantized_keys))
     assert torch.equal(*stored)
@@ -680,9 +680,22 @@ def test_a_model_that_bypasses_cache_update_is_found_out(pair: Any) -> None:
         return args, {**kwargs, "past_key_values": None}
 
     handle = layer.self_attn.register_forward_pre_hook(without_cache, with_kwargs=True)
-    with attach(model, kv), pytest.raises(RuntimeError, match=r"layers \[1\] did not pass"):
+    with attach(model, kv, check=False), pytest.raises(RuntimeError, match=r"layers \[1\] did not pass"):
         model(prompts())
     handle.remove()
+
+
+@pytest.mark.parametrize("bits", [8, 4, 3, 2])
+def test_the_door_lets_rounding_in_and_keeps_rotations_and_strangers_out(bits: int) -> None:
+    from test_basis import hadamard, value_rotated
+
+    full = build(by_name("llama-mha"))
+    kv = capture(full, PREFIX)
+    attach(rounded(full, bits), kv).remove()
+    for stranger in (rounded(value_rotated(full, hadamard(16)), bits), build(by_name("llama-mha"), seed=9)):
+        with pytest.raises(IntactKVError, match="another basis or model"):
+            attach(stranger, kv)
+        attach(stranger, kv, check=False).remove()
 
 
 def test_attach_refuses_what_is_no_causal_lm_and_another_model(pair: Any) -> None:

@@ -79,7 +79,7 @@ def test_the_artifact_of_another_seeds_weights_does_harm_and_is_said_to(full: Pr
 def test_bos_is_the_only_token_whose_keys_and_values_the_damage_changes(full: PreTrainedModel, kv: IntactKV) -> None:
     model = damaged(full, "bos")
     ids = windows().ids
-    with attach(model, kv):
+    with attach(model, kv, check=False):  # the damage is 80 %
         attached = model(ids, output_hidden_states=True).hidden_states
     want = full(ids, output_hidden_states=True).hidden_states
     for ours, theirs in zip(attached, want, strict=True):

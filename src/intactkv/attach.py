@@ -25,6 +25,7 @@ from transformers.cache_utils import EncoderDecoderCache, QuantizedLayer
 from transformers.masking_utils import create_masks_for_generate
 from transformers.utils import ModelOutput
 
+from intactkv.basis import refuse_foreign
 from intactkv.kv import IntactKV, IntactKVError, check_fingerprint, uncovered_layers
 from intactkv.locate import NEVER, Progress, Sites, first_real, hidden_prefix, locate, sequence_starts
 from intactkv.masks import as_tensor, real_tokens, sees_previous, slots, token_positions, visible
@@ -35,7 +36,7 @@ _attached: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()
 _ALIBI_BY_COLUMN = ("bloom", "mpt")  # take no position_ids and need none: only distances between columns count
 
 
-def attach(model: PreTrainedModel, kv: IntactKV) -> Attachment:
+def attach(model: PreTrainedModel, kv: IntactKV, *, check: bool = True) -> Attachment:
     """Make `model` read `kv` wherever a row of its input begins with the prefix, until the handle is removed.
 
     Use it as a context manager or call `.remove()`. Any batch, padding, cache and way of generating works unchanged,
@@ -43,9 +44,12 @@ def attach(model: PreTrainedModel, kv: IntactKV) -> Attachment:
     attachment. A row that shares only the first m prefix tokens gets m intact ones, a row that shares none is the
     plain model. One attachment per model; one `kv` may serve many models. Compile decoding steps, not the prefill.
 
-    Raises `IntactKVError` for a model with another fingerprint, one that already has an attachment, and anything
-    that is not a decoder-only transformers model; then at each call that cannot be right (embeddings instead of
-    ids, positions that do not start at 0, a mask that hides the prefix, a cache filled without the attachment).
+    `check` compares the model's own keys and values of the prefix with the intact ones first, in one forward of P
+    tokens, and refuses those in another basis or of another model.
+
+    Raises `IntactKVError` for a model with another fingerprint or basis, one that already has an attachment, and
+    anything that is not a decoder-only transformers model; then at each call that cannot be right (embeddings instead
+    of ids, positions that do not start at 0, a mask that hides the prefix, a cache filled without the attachment).
 
     Example:
         with attach(model, kv):
@@ -61,6 +65,8 @@ def attach(model: PreTrainedModel, kv: IntactKV) -> Attachment:
     if is_attached(model):
         raise IntactKVError("the model already has an intact KV attached; call .remove() on that handle first")
     check_fingerprint(kv, model.config)
+    if check:
+        refuse_foreign(model, kv)
     uncovered = uncovered_layers(kv, model.config)
     if uncovered:
         warnings.warn(

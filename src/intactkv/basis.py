@@ -22,9 +22,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from intactkv.capture import recorded
 from intactkv.decoder import forced_inputs, recorded_inputs
 from intactkv.kv import IntactKV, IntactKVError
+from intactkv.record import recorded
+
+# At the door: the model's own keys and values of the prefix against the intact ones, in the layer where they are
+# closest. Rounding to 2 bits leaves 0.5 (of small values at [BOS]); rotated and foreign ones 1 and more.
+DOOR = 0.75
 
 Kind = Literal["same", "scale", "rotation", "other"]
 
@@ -89,6 +93,32 @@ def basis(
                 kind, residual, as_is, transform = relate(a[:, head].flatten(0, 1), b[:, head].flatten(0, 1))
                 relations.append(Relation(layer, part, head, kind, residual, as_is, transform))  # type: ignore[arg-type]
     return relations
+
+
+def refuse_foreign(model: PreTrainedModel, kv: IntactKV) -> None:
+    """Raise `IntactKVError` where `kv` is plainly in another basis, or another model's: one forward of P tokens.
+
+    Catches rotations, other models and strong rescaling at 2 to 8 bits; a mild rescaling cannot be told from rounding
+    by so few tokens, for which there is `basis` (`intactkv check`).
+    """
+    own = recorded(model, kv.ids[None])
+    for part, name in enumerate(("keys", "values")):
+        errors = {}
+        for layer, pair in kv.layers.items():
+            if layer not in own or own[layer][part].shape[1:] != pair[part].shape:
+                raise IntactKVError(
+                    f"layer {layer} of the model hands other shapes to its cache than the intact KV holds; capture it "
+                    "from this model's full-precision form"
+                )
+            intact = pair[part].detach().double().cpu()
+            errors[layer] = float((own[layer][part][0].double() - intact).norm() / intact.norm().clamp(min=1e-30))
+        closest = min(errors, key=errors.__getitem__)
+        if errors[closest] > DOOR:
+            raise IntactKVError(
+                f"the model's own {name} of the prefix differ from the intact ones by {100 * errors[closest]:.0f} % "
+                f"even in the closest layer, {closest} (rounding leaves less than {100 * DOOR:.0f} %): another basis "
+                "or model; see `intactkv check`, or pass check=False if you know better"
+            )
 
 
 def align(kv: IntactKV, relations: Sequence[Relation]) -> IntactKV:

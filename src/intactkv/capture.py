@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Int
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from intactkv.attach import is_attached
 from intactkv.kv import IntactKV, IntactKVError, fingerprint, weights_digest
+from intactkv.record import recorded
 
 
 @torch.no_grad()
@@ -53,49 +53,6 @@ def capture(
         handle.remove()
     layers = {i: (key[0].clone(), value[0].clone()) for i, (key, value) in batch.items()}
     return IntactKV(prefix, layers, raw[0], fingerprint(model.config), _provenance(model, tokenizer))
-
-
-@torch.no_grad()
-def recorded(model: PreTrainedModel, ids: Int[Tensor, "batch token"]) -> dict[int, tuple[Tensor, Tensor]]:
-    """What each layer hands to `Cache.update` for `ids`: keys and values `(batch, head, token, dim)` on the CPU.
-
-    Computed in eval mode; the model is left as it was. Raises `IntactKVError` where no layer has keys and values.
-    """
-    cache, training = _Recorder(config=model.config), [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        model(input_ids=ids.to(model.device), past_key_values=cache, use_cache=True)
-    except ValueError as error:
-        if isinstance(error, IntactKVError) or "cache" not in str(error).lower():
-            raise
-        raise IntactKVError(
-            f"{model.config.model_type} does not run with a DynamicCache ({error}); it is not supported"
-        ) from error
-    finally:
-        for module in training:  # one by one: a model may be trained with some of its parts in eval mode
-            module.training = True
-    if not cache.recorded:
-        raise IntactKVError(
-            f"no layer of {model.config.model_type} called Cache.update, so it has no keys and values to "
-            "keep; use a model with attention layers"
-        )
-    return {i: cache.recorded[i] for i in sorted(cache.recorded)}
-
-
-class _Recorder(DynamicCache):
-    """A dynamic cache that also keeps a copy of what each layer handed in."""
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.recorded: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        if layer_idx in self.recorded:
-            raise IntactKVError(f"layer {layer_idx} updates its cache twice in one forward; this model is unsupported")
-        self.recorded[layer_idx] = (key_states.cpu().clone(), value_states.cpu().clone())
-        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
 
 def _loaded(path: str | os.PathLike[str]) -> PreTrainedModel:

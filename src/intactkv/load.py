@@ -6,6 +6,8 @@ import io
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -113,14 +115,19 @@ def read_text(path: str | os.PathLike[str]) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No progress bars and reports of other libraries: transformers' own switches, stderr for those without one."""
+    """No progress bars and reports of other libraries: their own switches, stderr for those without one."""
     shown, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
     logging.set_verbosity_error()  # its report of lost keys becomes our error
+    logger: Any = import_module("loguru").logger if find_spec("loguru") else None
+    if logger is not None:
+        logger.disable("compressed_tensors")
     try:
         with redirect_stderr(io.StringIO()):
             yield
     finally:
+        if logger is not None and "COMPRESSED_TENSORS_LOG_DISABLED" not in os.environ:
+            logger.enable("compressed_tensors")
         logging.set_verbosity(verbosity)
         if shown:
             logging.enable_progress_bar()

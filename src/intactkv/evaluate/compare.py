@@ -226,7 +226,7 @@ def _measure_batch(
 
 def _forward(arm: Arm, ids: Int[Tensor, "window length"], *, hidden: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
     """The arm's logits (window, length, vocab) and, if asked for, hidden states (window, length, hidden)."""
-    with attach(arm.model, arm.kv) if arm.kv is not None else nullcontext():
+    with attach(arm.model, arm.kv, check=False) if arm.kv is not None else nullcontext():  # harm is to be measured
         output = arm.model(input_ids=ids.to(arm.model.device), use_cache=False, output_hidden_states=hidden)
     return output.logits, output.hidden_states or ()
 
