@@ -2,7 +2,7 @@
 
     python export.py --data DATA RUN OUT
 
-A run with softmax-plus-one attention becomes a plain Llama folder too; attention.py says how to load it.
+A run with another attention than softmax becomes a plain Llama folder too; attention.py says how to load it.
 """
 
 import argparse
@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 
 import torch
-from attention import register_softmax_plus_one
+from attention import register_attentions
 from train import Settings, build_model
 from transformers import AutoTokenizer, GenerationConfig
 
@@ -23,7 +23,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="what prepare.py wrote")
     args = parser.parse_args()
 
-    register_softmax_plus_one()
+    register_attentions()
     state = torch.load(args.run / "checkpoint.pt", map_location="cpu", weights_only=True)
     settings = Settings(**state["settings"])
     tokenizer = AutoTokenizer.from_pretrained(args.data / "tokenizer")

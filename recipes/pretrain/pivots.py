@@ -5,7 +5,7 @@
 `ratio` is max |h| of a block's output at a token over the same of the median token. `mass` is the share of
 attention that a token draws, averaged over queries, heads and windows; `best_head` is the head that gives it
 most. The first query is left out: it sees nothing but itself. Uniform attention over 512 tokens would give
-[BOS] 0.011.
+[BOS] 0.011. Under sigmoid attention the weights of a query need not sum to one, and `mass` is their mean as it is.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from attention import SOFTMAX_PLUS_ONE, SOFTMAX_PLUS_ONE_EAGER, register_softmax_plus_one
+from attention import RETURNS_WEIGHTS, register_attentions
 from corpus import text_windows, with_bos
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -33,7 +33,7 @@ def punctuation_ids(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
 def _attention_weights_returned(model: PreTrainedModel) -> Iterator[None]:
     """Switch to the attention that returns its weights, and back."""
     before = model.config._attn_implementation
-    model.set_attn_implementation(SOFTMAX_PLUS_ONE_EAGER if before == SOFTMAX_PLUS_ONE else "eager")
+    model.set_attn_implementation(RETURNS_WEIGHTS.get(before, before))
     try:
         yield
     finally:
@@ -111,9 +111,9 @@ def main() -> None:
     parser.add_argument("text", type=Path)
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--context", type=int, default=512)
-    parser.add_argument("--attention", default="sdpa", help="softmax_plus_one for a control model")
+    parser.add_argument("--attention", default="sdpa", help="sigmoid for a control model")
     args = parser.parse_args()
-    register_softmax_plus_one()
+    register_attentions()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     load = AutoModelForCausalLM.from_pretrained
     model = load(args.model, attn_implementation=args.attention, dtype=torch.float32)

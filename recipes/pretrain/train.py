@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from attention import SOFTMAX_PLUS_ONE, register_softmax_plus_one
+from attention import SIGMOID, SOFTMAX_PLUS_ONE, register_attentions
 from corpus import load_tokens, text_windows, window_starts, with_bos
 from pivots import measure, punctuation_ids
 from torch import Tensor, nn
@@ -65,8 +65,8 @@ class Settings:
     checkpoint_seconds: float = 120.0
 
     def __post_init__(self) -> None:
-        if self.attention not in ("sdpa", SOFTMAX_PLUS_ONE):
-            raise ValueError(f"attention={self.attention!r} is unknown; use 'sdpa' or '{SOFTMAX_PLUS_ONE}'")
+        if self.attention not in (known := ("sdpa", SIGMOID, SOFTMAX_PLUS_ONE)):
+            raise ValueError(f"attention={self.attention!r} is unknown; use one of {', '.join(known)}")
         if self.context > self.positions:
             raise ValueError(f"context={self.context} exceeds positions={self.positions}; raise positions")
         if not 0 < self.warmup <= self.steps * (1 - self.decay):
@@ -329,7 +329,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=math.inf, help="stop after this, to go on later")
     args = parser.parse_args()
 
-    register_softmax_plus_one()
+    register_attentions()
     torch.set_float32_matmul_precision("high")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     material = Material(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -270,11 +271,22 @@ def check_fingerprint(kv: IntactKV, config: PreTrainedConfig) -> None:
     """
     want, have = kv.fingerprint, fingerprint(config)
     for name in sorted(want.keys() & have.keys()):
-        if want[name] != have[name]:
+        if not _same(want[name], have[name]):
             raise IntactKVError(
                 f"this intact KV was captured from a model with {name}={want[name]!r}, the model given has "
                 f"{name}={have[name]!r}; capture one from the model's own full-precision form"
             )
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Equality of JSON data, floats to the precision of float32, in which some formats (GGUF) keep them."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_same(a[name], b[name]) for name in a)
+    if isinstance(a, list) and isinstance(b, list):
+        return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
+    if isinstance(a, float) and isinstance(b, float):
+        return math.isclose(a, b, rel_tol=1e-6)
+    return bool(a == b)
 
 
 def weights_digest(model: PreTrainedModel) -> str:

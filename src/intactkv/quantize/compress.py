@@ -67,7 +67,8 @@ def compress_(
         raise
     except (Exception, SystemExit) as error:  # llm-compressor raises whatever its parts do, AutoRound even exits
         raise IntactKVError(
-            f"llm-compressor's {type(method).__name__} fails on {type(full).__name__} ({_first_line(error)}); use RTN or another model"
+            f"llm-compressor's {type(method).__name__} fails on {type(full).__name__} ({_first_line(error)}); "
+            "use RTN or another model"
         ) from error
 
 
