@@ -27,6 +27,8 @@ _SHOWN = {
     "same_top1_percent": "top-1 %",
     "perplexity": "PPL",
 }
+WORTH_IT = 0.02  # the share of KL below which an effect, however certain, is not worth having
+
 _DIGITS = {"same_top1_percent": 2, "perplexity": 2}
 
 
@@ -100,6 +102,8 @@ def sentences(evaluation: Evaluation, *, seed: int = 0) -> list[str]:
 def verdict(gap: Interval) -> str:
     """What the share of KL closed, with its paired 95 % interval, allows to say."""
     share = f"{100 * gap.value:+.1f} % (95 % interval {100 * gap.low:+.1f} to {100 * gap.high:+.1f})"
+    if gap.low > 0 and gap.high < WORTH_IT:
+        return f"not worth it: the intact prefix closes only {share} of the KL to the full model"
     if gap.low > 0:
         return f"the intact prefix closes {share} of the KL to the full model"
     if gap.high < 0:
