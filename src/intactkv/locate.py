@@ -28,7 +28,11 @@ class Sites:
         return len(self.row)
 
     def to(self, device: torch.device) -> Sites:
-        return Sites(self.row.to(device), self.col.to(device), self.index.to(device))
+        return (
+            self
+            if device == self.row.device
+            else Sites(self.row.to(device), self.col.to(device), self.index.to(device))
+        )
 
 
 @dataclass

@@ -178,7 +178,10 @@ def put(
             f"{tuple(intact.shape[1:])}; tensor-parallel models are not supported, otherwise capture it again"
         )
     sites = sites.to(x.device)
-    return x.transpose(1, 2).index_put((sites.row, sites.col), intact[sites.index]).transpose(1, 2)
+    # a copy in the layout of `x`, written through a transposed view: attention over a transposed copy is slower
+    out = x.clone()
+    out.transpose(1, 2)[sites.row, sites.col] = intact[sites.index]
+    return out
 
 
 def _joined(before: Sites | None, now: Sites, past: int) -> Sites | None:
