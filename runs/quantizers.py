@@ -8,8 +8,10 @@ What it gives up: one model, one prefix, one seed, one text; the intervals are o
 
 from __future__ import annotations
 
+import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from time import perf_counter
 from typing import Annotated, Any
@@ -74,21 +76,23 @@ def main(
     learn = cut(first if calibration is None else read_text(calibration)).ids[:LEARN]
     measure = cut(second if text is None else read_text(text))
     measure = Windows(measure.ids[:windows], measure.scored[:windows])
-    rows, raw, todo = [], capture(full, prefix), list(methods(iterations))
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=len(todo))
-        for name, method in todo:
-            bar.update(task, description=f"{name} {' '.join(_levels(method))}")
-            rows.append(_row(name, method, full, raw, learn, measure))
-            bar.advance(task)
+    raw, todo = capture(full, prefix), list(methods(iterations))
     title = (
         f"{len(measure)} windows of {window} tokens; {len(learn)} for calibration; groups of {GROUP}; prefix {prefix}"
     )
-    table = f"{title}\n\n{HEADER}{''.join(rows)}"
-    if out is None:
-        print(table)
-    else:
-        out.write_text(table, encoding="utf-8")
+    with nullcontext(sys.stdout) if out is None else out.open("w", encoding="utf-8") as table:
+
+        def write(text: str) -> None:  # line by line: a run that is stopped leaves what it has
+            table.write(text)
+            table.flush()
+
+        write(f"{title}\n\n{HEADER}")
+        with Progress(console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task("", total=len(todo))
+            for name, method in todo:
+                bar.update(task, description=f"{name} {' '.join(_levels(method))}")
+                write(_row(name, method, full, raw, learn, measure))
+                bar.advance(task)
 
 
 def _row(name: str, method: Method, full: Any, raw: IntactKV, learn: torch.Tensor, measure: Windows) -> str:

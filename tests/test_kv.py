@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from models import ARCHITECTURES, PREFIX, VOCAB, Architecture, build, by_name, prompts
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, LlamaConfig, PreTrainedConfig
 
 import intactkv.kv
@@ -280,6 +280,14 @@ def test_a_changed_tensor_a_changed_header_and_swapped_tensors_are_tampering(goo
     tensors = {name: t.clone() for name, t in kv.tensors.items()}
     tensors["layers.0.key"], tensors["layers.2.key"] = tensors["layers.2.key"], tensors["layers.0.key"]
     refused(forged(path, tensors, header, sign=False), tampered)
+    for same_bytes in (
+        {"layers.2.key": kv.tensors["layers.2.key"].view(4, 3, 2)},
+        {"layers.2.key": kv.tensors["layers.2.key"].view(torch.int32)},
+        {"layers.3.key": kv.tensors["layers.2.key"], "layers.3.value": kv.tensors["layers.2.value"]},
+    ):
+        kept = [name for name in kv.tensors if not ("layers.3.key" in same_bytes and name.startswith("layers.2."))]
+        renamed = {name: kv.tensors[name] for name in kept} | same_bytes
+        refused(forged(path, renamed, header, sign=False), tampered)
     del tensors["layers.10.key"], tensors["layers.10.value"]
     refused(forged(path, tensors, header, sign=False), tampered)
     for part in ("fingerprint", "provenance"):
@@ -633,6 +641,12 @@ def test_the_weights_digest_tells_equal_bytes_under_other_names_apart() -> None:
     digest, first = weights_digest(model), model.model.layers[0].self_attn
     first.q_proj, first.o_proj = first.o_proj, first.q_proj  # the same shapes
     assert weights_digest(model) != digest
+
+
+def test_the_weights_digest_tells_equal_bytes_of_another_name_shape_or_type_apart() -> None:
+    same_bytes = [("a", zeros(2, 6)), ("b", zeros(2, 6)), ("a", zeros(3, 4)), ("a", zeros(2, 6).view(torch.int32))]
+    modules = [nn.ParameterDict({name: nn.Parameter(t, requires_grad=False)}) for name, t in same_bytes]
+    assert len({weights_digest(module) for module in modules}) == len(modules)  # type: ignore[arg-type]
 
 
 def test_weights_that_cannot_be_read_have_no_digest() -> None:
