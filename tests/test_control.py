@@ -16,10 +16,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from intactkv import bos, capture
 from intactkv.demo import MODEL, TEXT
-from intactkv.evaluate import Evaluation, prefixed_windows, three_arms
+from intactkv.evaluate import WORTH_IT, Evaluation, judge, prefixed_windows, three_arms
 from intactkv.load import load_model, load_tokenizer
-from intactkv.pivots import first_token_pivots
-from intactkv.report import WORTH_IT, pivot_sentence, verdict
+from intactkv.pivots import diagnose, first_token_pivots, measure
+from intactkv.report import pivot_sentence
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "pretrain"
 CONTROL = Path(__file__).parent / "control_model"
@@ -48,19 +48,19 @@ def measured(full: PreTrainedModel, folder: Path, bits: int) -> Evaluation:
 def test_the_control_has_no_sink_and_the_embedded_model_has(control: PreTrainedModel) -> None:
     full = load_model(MODEL, dtype=torch.float32)
     ids = torch.cat([torch.zeros(4, 1, dtype=torch.int64), torch.randint(300, 8000, (4, 127))], 1)
-    assert pivot_sentence(first_token_pivots(full, ids), 128).startswith("Its pivots are real")
-    outputs = control(ids, output_hidden_states=True).hidden_states[1:-1]  # sigmoid attention gives no attention maps
-    for hidden in outputs:
-        largest = hidden.abs().amax(-1)
-        assert (largest[:, 0] / largest.median(1).values).max() < 5
+    assert pivot_sentence(first_token_pivots(measure(full, ids)), 128).startswith("Its pivots are real")
+    without = first_token_pivots(measure(control, ids))
+    assert max(p.ratio for p in without) < 5
+    assert max(p.best_head for p in without if p.best_head is not None) < 0.1
+    diagnosis = diagnose(control, ids[:, 1:], bos=0)
+    assert diagnosis.pivots == ()
+    assert diagnosis.sinks == ()
 
 
 @pytest.mark.parametrize("bits", [4, 3])
 def test_an_intact_bos_wins_nothing_worth_having_on_the_control(control: PreTrainedModel, bits: int) -> None:
     gap = measured(control, CONTROL, bits).gap_closed(own="own", intact="intact")
-    assert gap.low > -WORTH_IT
-    assert gap.high < WORTH_IT
-    assert "not worth it" in verdict(gap) or "no effect" in verdict(gap)
+    assert -WORTH_IT < gap.low < gap.high < WORTH_IT
+    assert judge(gap) == "no effect"
     embedded = measured(load_model(MODEL, dtype=torch.float32), MODEL, bits).gap_closed(own="own", intact="intact")
-    assert embedded.low > WORTH_IT
-    assert verdict(embedded).startswith("the intact prefix closes")
+    assert judge(embedded) == "worth it"

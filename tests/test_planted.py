@@ -9,9 +9,8 @@ from planted import BOS, damaged, planted
 from transformers import PreTrainedModel
 
 from intactkv import IntactKV, attach, capture
-from intactkv.evaluate import Windows, three_arms
-from intactkv.pivots import first_token_pivots
-from intactkv.report import verdict
+from intactkv.evaluate import Windows, judge, three_arms, verdict
+from intactkv.pivots import first_token_pivots, measure
 
 
 @pytest.fixture(scope="module")
@@ -34,9 +33,8 @@ def windows() -> Windows:
 
 
 def test_the_pivot_is_there(full: PreTrainedModel) -> None:
-    pivots = first_token_pivots(full, windows().ids)
-    assert all(p.mass > 0.8 for p in pivots)
-    assert all(p.ratio > 50 for p in pivots if p.ratio is not None)
+    pivots = first_token_pivots(measure(full, windows().ids))
+    assert all(p.mass > 0.8 and p.ratio > 50 for p in pivots)
 
 
 def test_damage_that_only_bos_reads_is_undone_wholly(full: PreTrainedModel, kv: IntactKV) -> None:
@@ -46,7 +44,8 @@ def test_damage_that_only_bos_reads_is_undone_wholly(full: PreTrainedModel, kv: 
     assert intact < 1e-6
     gap = found.gap_closed(own="own", intact="intact")
     assert gap.low > 0.9999
-    assert verdict(gap).startswith("the intact prefix closes +100.0 %")
+    assert judge(gap, own_kl=own) == "worth it"
+    assert verdict(gap).startswith("worth it: the intact prefix closes +100.0 %")
 
 
 def test_damage_to_the_output_head_is_not_undone_at_all(full: PreTrainedModel, kv: IntactKV) -> None:
@@ -60,6 +59,9 @@ def test_damage_to_the_output_head_is_not_undone_at_all(full: PreTrainedModel, k
 def test_no_damage_leaves_nothing_to_close(full: PreTrainedModel, kv: IntactKV) -> None:
     found = three_arms(full, full, kv, windows())
     assert all(row["kl_mean"] < 1e-6 for row in found.table())
+    gap, own = found.gap_closed(own="own", intact="intact"), found.table()[1]["kl_mean"]
+    assert judge(gap, own_kl=own) == "no effect"
+    assert "nothing to close" in verdict(gap, own_kl=own)
 
 
 def test_rounding_is_mostly_damage_to_the_pivot(full: PreTrainedModel, kv: IntactKV) -> None:
@@ -72,6 +74,7 @@ def test_the_artifact_of_another_seeds_weights_does_harm_and_is_said_to(full: Pr
     found = three_arms(full, rounded(full, bits=4), loud, windows())
     gap = found.gap_closed(own="own", intact="intact")
     assert gap.high < 0
+    assert judge(gap) == "harmful"
     assert "makes it worse" in verdict(gap)
 
 

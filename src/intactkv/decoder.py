@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from intactkv.kv import IntactKVError
 
@@ -59,3 +61,50 @@ def forced_inputs(model: PreTrainedModel, inputs: dict[int, Tensor]) -> Iterator
     finally:
         for hook in hooks:
             hook.remove()
+
+
+@contextmanager
+def watched_outputs(model: PreTrainedModel, look: Callable[[int, Tensor], None]) -> Iterator[None]:
+    """While it is open, `look(layer, output)` is shown every block's output `(batch, token, hidden)`, none is kept.
+
+    A model with several residual streams (Gemma 3n) shows the one in which each element is largest.
+    """
+
+    def watch(i: int) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            hidden = output if isinstance(output, Tensor) else output[0]
+            look(i, hidden if hidden.ndim == 3 else hidden.abs().amax(0))
+
+        return hook
+
+    hooks = [b.register_forward_hook(watch(i)) for i, b in enumerate(blocks(model))]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def key_bias(block: nn.Module) -> Float[Tensor, "dim"] | None:
+    """What a block's key projection adds to every token's key, before RoPE, all heads in a row; None if nothing.
+
+    Known for separate key projections and GPT-2's fused one; None also for other fused projections.
+    """
+    named: dict[str, Any] = {name.rpartition(".")[2]: module for name, module in block.named_modules()}
+    for name in ("k_proj", "key"):
+        if isinstance(getattr(named.get(name), "bias", None), Tensor):
+            return named[name].bias.detach()
+    if isinstance(named.get("c_attn"), Conv1D):
+        return named["c_attn"].bias.detach().chunk(3)[1]
+    return None
+
+
+def output_weight(attention: nn.Module) -> Float[Tensor, "joined hidden"] | None:
+    """An attention's output projection W_O as a matrix to multiply the joined heads with; None if not found."""
+    for name in ("o_proj", "out_proj", "dense", "c_proj"):
+        module = getattr(attention, name, None)
+        if isinstance(module, nn.Linear):
+            return module.weight.detach().T
+        if isinstance(module, Conv1D):
+            return module.weight.detach()
+    return None

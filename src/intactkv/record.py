@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -53,3 +54,17 @@ class _Recorder(DynamicCache):
             raise IntactKVError(f"layer {layer_idx} updates its cache twice in one forward; this model is unsupported")
         self.recorded[layer_idx] = (key_states.cpu().clone(), value_states.cpu().clone())
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+
+class Watched(DynamicCache):
+    """A cache that shows each layer's keys and values to `look(layer, key, value)`, and stores none."""
+
+    def __init__(self, model: PreTrainedModel, look: Callable[[int, Tensor, Tensor], None]) -> None:
+        super().__init__(config=model.config)
+        self.look = look
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        self.look(layer_idx, key_states, value_states)
+        return key_states, value_states

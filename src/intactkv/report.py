@@ -17,8 +17,9 @@ from rich.box import SIMPLE
 from rich.table import Table
 
 from intactkv.basis import Relation
-from intactkv.evaluate import Evaluation, Interval
+from intactkv.evaluate import Evaluation, summary, verdict
 from intactkv.pivots import LayerPivot, uniform_mass
+from intactkv.pivots.classify import PIVOT
 
 _SHOWN = {
     "kl_median": "median",
@@ -27,8 +28,6 @@ _SHOWN = {
     "same_top1_percent": "top-1 %",
     "perplexity": "PPL",
 }
-WORTH_IT = 0.02  # the share of KL below which an effect, however certain, is not worth having
-
 _DIGITS = {"same_top1_percent": 2, "perplexity": 2}
 
 
@@ -38,18 +37,19 @@ def pivot_table(pivots: Sequence[LayerPivot], length: int) -> Table:
     for heading in ("layer", "hidden state, × median token", "attention mass", "best head"):
         table.add_column(heading, justify="right")
     for p in pivots:
-        ratio = "–" if p.ratio is None else f"{p.ratio:.1f}"
-        table.add_row(str(p.layer + 1), ratio, f"{p.mass:.3f}", f"{p.best_head:.3f}")
+        shares = ("–" if share is None else f"{share:.3f}" for share in (p.mass, p.best_head))
+        table.add_row(str(p.layer + 1), f"{p.ratio:.1f}", *shares)
     table.caption = f"uniform attention over {length} tokens: {uniform_mass(length):.3f}"
     return table
 
 
 def pivot_sentence(pivots: Sequence[LayerPivot], length: int) -> str:
     """How strong the pivots are beside those of large models, from the upper half of the layers."""
-    upper = pivots[len(pivots) // 2 :]
-    mass = sum(p.mass for p in upper) / len(upper)
-    ratio = max((p.ratio for p in pivots if p.ratio is not None), default=float("nan"))
-    strength = "weak" if mass < 0.3 or ratio < 20 else "real"
+    masses = [p.mass for p in pivots if p.mass is not None]
+    upper = masses[len(masses) // 2 :]
+    mass = sum(upper) / len(upper) if upper else 0.0
+    ratio = max(p.ratio for p in pivots)
+    strength = "weak" if mass < 0.3 or ratio < PIVOT else "real"
     return (
         f"Its pivots are {strength}: {100 * mass:.0f} % of attention in the upper half of the layers (uniform: "
         f"{100 * uniform_mass(length):.0f} %) and a hidden state up to {ratio:.0f}× the median token's, where large "
@@ -92,23 +92,12 @@ def sentences(evaluation: Evaluation, *, seed: int = 0) -> list[str]:
     for own, intact in evaluation.pairs:
         gap = evaluation.gap_closed(own=own, intact=intact, seed=seed)
         perplexity = evaluation.difference(own=own, intact=intact, seed=seed)["perplexity"]
+        own_kl = summary(evaluation.metrics[own])["kl_mean"]
         said.append(
-            f"{intact}: {verdict(gap)}; perplexity changes by {-perplexity.value:+.3f} "
+            f"{intact}: {verdict(gap, own_kl=own_kl)}; perplexity changes by {-perplexity.value:+.3f} "
             f"({-perplexity.high:+.3f} to {-perplexity.low:+.3f})."
         )
     return said
-
-
-def verdict(gap: Interval) -> str:
-    """What the share of KL closed, with its paired 95 % interval, allows to say."""
-    share = f"{100 * gap.value:+.1f} % (95 % interval {100 * gap.low:+.1f} to {100 * gap.high:+.1f})"
-    if gap.low > 0 and gap.high < WORTH_IT:
-        return f"not worth it: the intact prefix closes only {share} of the KL to the full model"
-    if gap.low > 0:
-        return f"the intact prefix closes {share} of the KL to the full model"
-    if gap.high < 0:
-        return f"the intact prefix makes it worse: it closes {share} of the KL to the full model"
-    return f"no effect that this text can show: {share} of the KL to the full model closed"
 
 
 def write_json(path: str | os.PathLike[str], data: dict[str, Any]) -> Path:

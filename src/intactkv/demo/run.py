@@ -23,7 +23,7 @@ from intactkv.evaluate.plot import plot_kl_by_position
 from intactkv.generate import continuation, encode
 from intactkv.kv import IntactKV
 from intactkv.load import load_model, load_tokenizer, read_text
-from intactkv.pivots import first_token_pivots
+from intactkv.pivots import first_token_pivots, measure
 from intactkv.prefix import bos
 from intactkv.quantize import RTN, quantize
 from intactkv.report import arms_table, pivot_sentence, pivot_table, sentences, write_json
@@ -44,7 +44,7 @@ def run(out: Path, console: Console) -> None:
     console.print(
         f"1. The embedded model: {full.num_parameters() / 1e6:.1f} M parameters, {len(tokens)} tokens of text"
     )
-    pivots = first_token_pivots(full, windows.ids[:8])
+    pivots = first_token_pivots(measure(full, windows.ids[:8]))
     console.print(pivot_table(pivots, WINDOW))
     console.print(f"   {pivot_sentence(pivots, WINDOW)}", highlight=False)
 

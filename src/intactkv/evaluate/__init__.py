@@ -12,9 +12,11 @@ from intactkv.evaluate.metrics import (
     summary_statistic,
     token_metrics,
 )
+from intactkv.evaluate.verdict import WORTH_IT, judge, verdict
 from intactkv.evaluate.windows import Windows, paper_windows, prefixed_windows
 
 __all__ = [
+    "WORTH_IT",
     "Arm",
     "Evaluation",
     "Interval",
@@ -24,6 +26,7 @@ __all__ = [
     "evaluate",
     "full_metrics",
     "gap_closed_statistic",
+    "judge",
     "paired_bootstrap",
     "paper_windows",
     "prefixed_windows",
@@ -31,4 +34,5 @@ __all__ = [
     "summary_statistic",
     "three_arms",
     "token_metrics",
+    "verdict",
 ]
