@@ -116,6 +116,20 @@ def test_capture_eval_and_generate_on_paths(demo: tuple[Path, str], tmp_path: Pa
         assert done.stdout.strip()
 
 
+def test_capture_finds_its_own_prefix_and_the_doctor_takes_a_checkpoint(demo: tuple[Path, str], tmp_path: Path) -> None:
+    kv, html = tmp_path / "auto.safetensors", tmp_path / "doctor.html"
+    done = intactkv("capture", MODEL, "-o", kv, "--prefix", "auto")
+    assert done.returncode == 0, done.stderr
+    assert IntactKV.load(kv).ids.tolist() == [load_tokenizer(MODEL).bos_token_id]
+    done = intactkv("capture", MODEL, "-o", kv, "--data", TEXT)
+    assert done.returncode == 1
+    assert "goes with --prefix auto" in done.stderr
+    done = intactkv("doctor", MODEL, "--quantized", demo[0] / "w3", "--data", TEXT, "--window", "64", "-o", html)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(html.with_suffix(".json").read_text())["verdicts"] == {"quantized": "worth it"}
+    assert "quantized: worth it" in html.read_text()
+
+
 def test_the_paper_protocol_and_other_prefixes(demo: tuple[Path, str], tmp_path: Path) -> None:
     kv = tmp_path / "text.safetensors"
     done = intactkv("capture", MODEL, "-o", kv, "--prefix", "The history of")
@@ -157,7 +171,7 @@ def test_errors_are_one_sentence_without_traceback(command: list[str], message: 
 def test_usage_errors_and_help() -> None:
     assert intactkv("eval").returncode == 2
     assert intactkv("nonsense").returncode == 2
-    for command in ("capture", "eval", "generate", "demo"):
+    for command in ("capture", "eval", "generate", "doctor", "demo"):
         done = intactkv(command, "--help")
         assert done.returncode == 0
         assert "Usage" in done.stdout

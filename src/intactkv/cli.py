@@ -1,4 +1,4 @@
-"""The command line: capture, check, eval, generate, demo. Errors are one sentence on stderr and exit code 1."""
+"""The command line: capture, check, eval, generate, doctor, demo. Errors are one sentence on stderr and exit code 1."""
 
 from __future__ import annotations
 
@@ -14,11 +14,14 @@ from transformers import PreTrainedTokenizerBase
 
 from intactkv.basis import align, basis, describe
 from intactkv.capture import capture, tokenizer_digest
+from intactkv.demo import TEXT
 from intactkv.demo.run import run as run_demo
+from intactkv.doctor.run import run as run_doctor
 from intactkv.evaluate import paper_windows, prefixed_windows, three_arms
 from intactkv.generate import continuation, encode
 from intactkv.kv import IntactKV, IntactKVError
 from intactkv.load import load_model, load_tokenizer, read_text
+from intactkv.pivots import discover
 from intactkv.prefix import bos, chat_prefix, text_prefix
 from intactkv.report import arms_table, basis_table, sentences, write_json
 
@@ -41,16 +44,29 @@ def capture_command(
     out: Annotated[Path, typer.Option("--out", "-o", help="The file to write.", metavar="KV")],
     prefix: Annotated[
         str,
-        typer.Option(help="`bos`, `chat` (what the chat template begins with), or the text that prompts begin with."),
+        typer.Option(
+            help="`bos`, `chat` (what the chat template begins with), `auto` (the shortest that leaves no pivot "
+            "outside), or the text that prompts begin with."
+        ),
     ] = "bos",
     system: Annotated[str | None, typer.Option(help="The system prompt, with `--prefix chat`.")] = None,
     ids: Annotated[str | None, typer.Option(help="Explicit token ids instead, such as `1,887,526`.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="With `--prefix auto`, a UTF-8 text to look for pivots in.", metavar="TEXT")
+    ] = None,
 ) -> None:
     """Let the full-precision MODEL compute the keys and values of a prefix, and save them."""
     tokenizer = load_tokenizer(model)
-    chosen = _ids(ids) if ids is not None else _prefix(tokenizer, prefix, system)
+    auto = prefix == "auto" and ids is None
+    if data is not None and not auto:
+        raise IntactKVError(f"--data {data} goes with --prefix auto; add it")
+    text = read_text(data or TEXT) if auto else ""
+    chosen = [] if auto else _ids(ids) if ids is not None else _prefix(tokenizer, prefix, system)
     with console.status(f"loading {model}"):
         full = load_model(model)
+    if auto:
+        with console.status("looking for pivots"):
+            chosen = discover(full, tokenizer, text)
     with console.status(f"capturing {len(chosen)} tokens"):
         kv = capture(full, chosen, tokenizer=tokenizer)
         kv.save(out)
@@ -154,6 +170,26 @@ def generate_command(
     with console.status("generating"):
         text = continuation(loaded, tokenizer, ids, kv=artifact, max_new_tokens=max_new_tokens, **sampling)
     console.print(text, markup=False, highlight=False)
+
+
+@app.command("doctor")
+def doctor_command(
+    model: Annotated[
+        str | None, typer.Argument(help="The full model: a folder or a Hub name; without it, the embedded one.")
+    ] = None,
+    quantized: Annotated[
+        str | None, typer.Option(help="Its quantized form; without it, rounding to 4 and 3 bits is simulated.")
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="A UTF-8 text to measure on; without it, the embedded one.", metavar="TEXT")
+    ] = None,
+    window: Annotated[int, typer.Option(help="Tokens in one window.", min=64)] = 128,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The page to write; figures go beside it as JSON.")] = Path(
+        "intactkv-doctor.html"
+    ),
+) -> None:
+    """Does an intact prefix help MODEL? Finds its pivots and says: worth it, marginal, no effect or harmful."""
+    run_doctor(model, out, console, quantized=quantized, data=data, window=window)
 
 
 @app.command("demo")

@@ -100,17 +100,21 @@ def sentences(evaluation: Evaluation, *, seed: int = 0) -> list[str]:
     return said
 
 
-def write_json(path: str | os.PathLike[str], data: dict[str, Any]) -> Path:
-    """Write `data` with the versions, machine and command that made it, atomically."""
-    path = Path(path)
-    made_by = {
+def made_by() -> dict[str, Any]:
+    """The command, machine and versions that figures come from."""
+    return {
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, {torch.get_num_threads()} threads",
         "versions": {name: version(name) for name in ("intactkv", "torch", "transformers")},
     }
+
+
+def write_json(path: str | os.PathLike[str], data: dict[str, Any]) -> Path:
+    """Write `data` with the versions, machine and command that made it, atomically."""
+    path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(json.dumps({**data, "made_by": made_by}, indent=1, allow_nan=False) + "\n")
+        temporary.write_text(json.dumps({**data, "made_by": made_by()}, indent=1, allow_nan=False) + "\n")
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -156,9 +156,7 @@ def examine(
     )
 
 
-def layer_effects(
-    full: PreTrainedModel, model: PreTrainedModel, kv: IntactKV, windows: Windows
-) -> dict[int, Interval]:
+def layer_effects(full: PreTrainedModel, model: PreTrainedModel, kv: IntactKV, windows: Windows) -> dict[int, Interval]:
     """The share of KL that one layer's intact keys and values close, the other layers keeping the model's own."""
     few = Windows(windows.ids[:LAYER_WINDOWS], windows.scored[:LAYER_WINDOWS])
     own = {i: (key[0], value[0]) for i, (key, value) in recorded(model, kv.ids[None]).items()}

@@ -24,7 +24,8 @@ Verdict = Literal["worth it", "marginal", "no effect", "harmful"]
 RULE = (
     "From the paired 95 % interval of the share of KL to the full model that the intact prefix closes, over held-out "
     f"windows: worth it if all of it is {100 * WORTH_IT:.0f} % or more; marginal if all of it is above 0 but it begins "
-    f"below {100 * WORTH_IT:.0f} %; harmful if all of it is below 0 and it reaches −{100 * WORTH_IT:.0f} %; else no effect."
+    f"below {100 * WORTH_IT:.0f} %; harmful if all of it is below 0 and it reaches −{100 * WORTH_IT:.0f} %; "
+    "else no effect."
 )
 
 

@@ -1,14 +1,14 @@
 """The error budget: which tokens' keys and values carry the error of an attention's output. Pure tensor maths.
 
-One row of queries q, keys k and values v against changed ones k̂ = k + Δk, v̂ = v + Δv; a are the full weights, h = Σ a_i v_i
-the full output of a head, s the scaling of its logits. Heads stand in front: `(head, token, dim)`.
+One row of queries q, keys k and values v against changed ones k̂ = k + Δk, v̂ = v + Δv; a are the full weights,
+h = Σ a_i v_i the full output of a head, s the scaling of its logits. Heads stand in front: `(head, token, dim)`.
 
     bound        ‖Δh W_O‖₂ ≤ ‖W_O‖₂ · ( s ‖q‖₂ · max_i ‖Δk_i‖₂ · max_i ‖v_i‖₂ + max_i ‖Δv_i‖₂ )
     first order  Δh ≈ Σ_i c_i,  c_i = a_i (s q·Δk_i)(v_i − h) + a_i Δv_i
 
 Of the bound: Δh = Σ (â_i − a_i) v_i + Σ â_i Δv_i, and ‖softmax(x + δ) − softmax(x)‖₁ ≤ max |δ_i|, since the softmax's
-Jacobian takes δ to a_i (δ_i − δ̄), whose absolute sum is a mean absolute deviation. The paper (arXiv 2403.01241) states a
-bound of this kind as Theorem 1; its text was not at hand, this one and its proof are ours.
+Jacobian takes δ to a_i (δ_i − δ̄), whose absolute sum is a mean absolute deviation. The paper (arXiv 2403.01241) states
+a bound of this kind as Theorem 1; its text was not at hand, this one and its proof are ours.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ Heads = Float[Tensor, "head token dim"]
 class Pair:
     """Keys and values of one layer in the full model and in the changed one, with the full model's queries.
 
-    Give float64 where laws are to hold exactly. `key`, `value`, `changed_key` and `changed_value` may have fewer heads (grouped queries).
-    `output_weight` is W_O by head, `(head, dim, hidden)`; None leaves the error before the output projection.
+    Give float64 where laws are to hold exactly. `key`, `value`, `changed_key` and `changed_value` may have fewer heads
+    (grouped queries). `output_weight` is W_O by head, `(head, dim, hidden)`; None leaves the error before the
+    output projection.
     """
 
     query: Heads
@@ -88,7 +89,7 @@ def error_bound(pair: Pair) -> Float[Tensor, "head token"]:
 def token_errors(pair: Pair) -> Float[Tensor, "head query token hidden"]:
     """The first-order part c_i W_O of every token i in every query's error: query × token × hidden, for short texts."""
     parts = []
-    for rows, weights, slope in _slopes(pair):
+    for _, weights, slope in _slopes(pair):
         keys = slice(0, weights.shape[2])
         value, value_error = pair.per_query_head(pair.value)[:, keys], pair.value_error[:, keys]
         away = value[:, None] - (weights @ value)[:, :, None]  # v_i − h: (head, row, key, dim)

@@ -107,7 +107,9 @@ def sinks(measured: PivotMap, *, most: int = 10) -> list[Sink]:
     mass = received[len(received) // 2 :].mean(0)  # (window, token)
     length = mass.shape[1]
     # what a token at t would get from later ones if each attended uniformly
-    uniform = torch.tensor([sum(1 / (s + 1) for s in range(t + 1, length)) / max(1, length - 1 - t) for t in range(length)])
+    uniform = torch.tensor(
+        [sum(1 / (s + 1) for s in range(t + 1, length)) / max(1, length - 1 - t) for t in range(length)]
+    )
     drawn = (mass >= SINK) & (mass >= 10 * uniform) & (measured.strength < PIVOT)
     drawn[:, :FIRST] = drawn[:, max(FIRST, length - 16) :] = False
     found = [Sink(w, t, int(measured.ids[w, t]), float(mass[w, t])) for w, t in drawn.nonzero().tolist()]

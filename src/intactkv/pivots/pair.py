@@ -138,12 +138,9 @@ def _pair(ours: Attended, theirs: Attended) -> Pair:
         )
     weight = output_weight(ours.module)
     heads, width = len(ours.query), ours.value.shape[-1]
-    if weight is not None and len(weight) == heads * width:
-        weight = weight.double().view(heads, width, -1)
-    else:
-        weight = None
+    by_head = weight.double().reshape(heads, width, -1) if weight is not None and len(weight) == heads * width else None
     key, value = theirs.key.to(ours.key.device), theirs.value.to(ours.key.device)
-    return Pair(ours.query, ours.key, ours.value, key, value, ours.rule, weight)
+    return Pair(ours.query, ours.key, ours.value, key, value, ours.rule, by_head)
 
 
 @torch.inference_mode()

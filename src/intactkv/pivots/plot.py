@@ -1,7 +1,7 @@
 """The paper's pictures, for any model: massive activations, the attention map, error against the intact prefix's size.
 
-Source: Liu et al., arXiv 2403.01241, its figures of output activations, attention and MSE. Each function writes one file,
-PNG, SVG or PDF by its name's ending, atomically; all need matplotlib (`pip install 'intactkv[doctor]'`).
+Source: Liu et al., arXiv 2403.01241, its figures of output activations, attention and MSE. Each function writes one
+file, PNG, SVG or PDF by its name's ending, atomically; all need matplotlib (`pip install 'intactkv[doctor]'`).
 """
 
 from __future__ import annotations
@@ -114,7 +114,9 @@ def plot_mse(
                 f"{name} intact: −{fall:.0f} %", (size, float(values[size])), xytext=(12, 14),
                 textcoords="offset points", color=_INK[theme][0],
             )  # fmt: skip
-        axes.set(xlabel="size of the intact prefix (tokens)", ylabel="block-output MSE", ylim=(0, 1.1 * float(values.max())))
+        axes.set(
+            xlabel="size of the intact prefix (tokens)", ylabel="block-output MSE", ylim=(0, 1.1 * float(values.max()))
+        )
         axes.set_title("What each intact token takes off the error")
         axes.grid(alpha=0.3)
         _themed(figure, axes, theme)

@@ -1,0 +1,103 @@
+"""`intactkv doctor`: load, examine, say it on one screen, and write the page and its figures."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from intactkv.demo import MODEL, TEXT
+from intactkv.doctor.examine import Examination, examine, to_dict
+from intactkv.doctor.html import page
+from intactkv.doctor.simulate import rounded_model
+from intactkv.doctor.words import (
+    Names,
+    budget_sentence,
+    layer_sentence,
+    pivot_sentences,
+    prefix_sentence,
+    verdict_sentences,
+)
+from intactkv.evaluate.verdict import RULE
+from intactkv.kv import IntactKVError
+from intactkv.load import load_model, load_tokenizer, read_text
+from intactkv.pivots.discover import opening
+from intactkv.report import arms_table, made_by, write_json
+
+BITS = (4, 3)
+
+
+def run(
+    model: str | None, out: Path, console: Console, *, quantized: str | None, data: Path | None, window: int
+) -> Examination:
+    """Examine `model` (None: the embedded one), print a summary and write `out` and its figures beside it as JSON.
+
+    Without `quantized`, two models are simulated, "4-bit RTN" and "3-bit RTN". Raises
+    `IntactKVError` before any work where `out` cannot be written or matplotlib is missing.
+    """
+    _check_out(out)
+    source = MODEL if model is None else model
+    tokenizer = load_tokenizer(source)
+    with console.status(f"loading {source}"):
+        full = load_model(source, dtype=torch.float32 if model is None else "auto")
+        models = _models(full, quantized)
+    tokens = tokenizer(read_text(data or TEXT), add_special_tokens=False, verbose=False).input_ids
+    with console.status("examining") as status:
+        found = examine(full, models, tokens, start=opening(tokenizer), window=window, step=status.update)
+        status.update("drawing")
+        name = names(tokenizer)
+        shown = "the embedded model" if model is None else model
+        html = page(found, title=f"intactkv doctor: {shown}", name=name, made_by=made_by())
+    _write(out, html)
+    written = write_json(out.with_suffix(".json"), {"model": str(shown), "quantized": quantized, **to_dict(found)})
+    figures = found.evaluation.to_dict()
+    title = f"{figures['windows']} held-out windows of {figures['window']} tokens, {figures['scored_tokens']} scored"
+    console.print(arms_table(figures, title=title))
+    said = [*pivot_sentences(found, name), prefix_sentence(found, name), budget_sentence(found), layer_sentence(found)]
+    for sentence in [*said, *found.missing]:
+        console.print(sentence, highlight=False, markup=False)
+    for sentence in verdict_sentences(found):
+        console.print(sentence, style="bold", highlight=False, markup=False)
+    console.print(RULE, style="dim", highlight=False)
+    console.print(f"Written: {out}, {written}", highlight=False)
+    return found
+
+
+def names(tokenizer: PreTrainedTokenizerBase) -> Names:
+    """Writes a token id as its text in quotes, special tokens bare."""
+    special = set(tokenizer.all_special_ids)
+
+    def name(token: int) -> str:
+        text = tokenizer.decode([token])
+        return text if token in special else repr(text)
+
+    return name
+
+
+def _models(full: PreTrainedModel, quantized: str | None) -> dict[str, PreTrainedModel]:
+    if quantized is not None:
+        return {"quantized": load_model(quantized, dtype=full.dtype)}
+    return {f"{bits}-bit RTN": rounded_model(full, bits=bits) for bits in BITS}
+
+
+def _check_out(out: Path) -> None:
+    if out.is_dir() or not out.parent.is_dir():
+        raise IntactKVError(f"cannot write {out}: give the name of a file in a folder that exists")
+    if out.suffix not in (".html", ".htm"):
+        raise IntactKVError(f"{out} is no name for a page; let it end in .html")
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise IntactKVError("the doctor draws with matplotlib; pip install 'intactkv[doctor]'") from error
+
+
+def _write(out: Path, text: str) -> None:
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, out)
+    finally:
+        temporary.unlink(missing_ok=True)
