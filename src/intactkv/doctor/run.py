@@ -71,7 +71,7 @@ def names(tokenizer: PreTrainedTokenizerBase) -> Names:
     special = set(tokenizer.all_special_ids)
 
     def name(token: int) -> str:
-        text = tokenizer.decode([token])
+        text = str(tokenizer.decode([token]))
         return text if token in special else repr(text)
 
     return name

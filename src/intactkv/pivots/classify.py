@@ -99,7 +99,7 @@ def outside(measured: PivotMap, prefix: int) -> Counter[int]:
 
 
 def sinks(measured: PivotMap, *, most: int = 10) -> list[Sink]:
-    """The strongest sinks that are neither among the first tokens nor pivots; at least 16 tokens must follow."""
+    """The strongest sinks that are neither among the first tokens nor pivots; a quarter of the window must follow."""
     attending = ~measured.received[:, :, 0].isnan().all(1)
     received = measured.received[attending]
     if not len(received):
@@ -111,7 +111,7 @@ def sinks(measured: PivotMap, *, most: int = 10) -> list[Sink]:
         [sum(1 / (s + 1) for s in range(t + 1, length)) / max(1, length - 1 - t) for t in range(length)]
     )
     drawn = (mass >= SINK) & (mass >= 10 * uniform) & (measured.strength < PIVOT)
-    drawn[:, :FIRST] = drawn[:, max(FIRST, length - 16) :] = False
+    drawn[:, :FIRST] = drawn[:, max(FIRST, length - length // 4) :] = False
     found = [Sink(w, t, int(measured.ids[w, t]), float(mass[w, t])) for w, t in drawn.nonzero().tolist()]
     return sorted(found, key=lambda sink: -sink.mass)[:most]
 
@@ -142,7 +142,8 @@ def _by_token(
         return []
     length = windows.shape[1]
     places = (0, length // 4, length // 2, 3 * length // 4)
-    rows, trials = [], []  # of each candidate: (row, position)
+    rows: list[Tensor] = []
+    trials: list[tuple[int, int]] = []  # of each candidate: (row, position)
     for token in candidates:
         free = windows[(windows != token).all(1)]
         for i, place in enumerate(places):

@@ -1,7 +1,7 @@
 """The shortest prefix that leaves no pivot outside it, found by measurement.
 
 Greedy, as in PrefixQuant (arXiv 2410.05265): the token that is a pivot most often joins the prefix, the text is
-measured again behind it, and so on until no pivot is left; then every token of the prefix that is not needed is dropped.
+measured again behind it, until no pivot is left; then every token of the prefix that is not needed is dropped.
 What counts is always what the model does behind the prefix, never how frequent a token is (KVSink, arXiv 2508.04257).
 """
 

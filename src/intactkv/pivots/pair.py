@@ -117,8 +117,8 @@ def _attended(model: PreTrainedModel, window: Int[Tensor, "token"]) -> dict[int,
             raise IntactKVError(
                 f"{model.config.model_type} has an attention function of its own; the error budget needs softmax"
             )
-        precise = (x[0].double() for x in (call.query, call.key, call.value))
-        calls[call.layer] = replace(call, **dict(zip(("query", "key", "value"), precise, strict=True)))
+        query, key, value = (x[0].double() for x in (call.query, call.key, call.value))
+        calls[call.layer] = replace(call, query=query, key=key, value=value)
 
     with watched_attention(model, look) as sees:
         if not sees:
