@@ -6,8 +6,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from models import ARCHITECTURES, Architecture, build, prompts, rounded
 from torch import Tensor
 
+from intactkv import IntactKVError
+from intactkv.demo import MODEL, TEXT
+from intactkv.doctor import rounded_model
+from intactkv.load import load_model, load_tokenizer
 from intactkv.pivots.budget import (
     Pair,
     energy_left,
@@ -17,6 +22,7 @@ from intactkv.pivots.budget import (
     token_errors,
     token_shares,
 )
+from intactkv.pivots.pair import error_budget, first_tokens, layer_pairs, mse_by_prefix_size
 from intactkv.pivots.weights import Rule, weight_blocks
 
 HEADS, KV_HEADS, TOKENS, DIM, HIDDEN = 4, 2, 12, 6, 10
@@ -137,3 +143,79 @@ def test_a_token_without_error_carries_nothing_and_the_only_one_with_it_carries_
     assert torch.equal(left[0], left[1])
     assert left[0].min() > 0
     assert left[2:].abs().max() == 0
+
+
+# --- on models ---
+
+OUTSIDE = {"gpt-j", "falcon-rotary", "falcon-alibi", "bloom", "mpt"}  # of transformers' AttentionInterface
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda a: a.name)
+def test_the_laws_hold_on_every_architectures_keys_and_values(architecture: Architecture) -> None:
+    full, ids = build(architecture), prompts(rows=1, length=8)
+    model = rounded(full)
+    if architecture.name in OUTSIDE:
+        with pytest.raises(IntactKVError, match="AttentionInterface"):
+            error_budget(full, model, ids)
+        return
+    for budget in error_budget(full, model, ids, sizes=[0, 1, 8]):
+        assert 0 < budget.largest <= 1
+        assert budget.tightness <= budget.largest
+        assert torch.allclose(budget.carried.sum(1), torch.ones(len(budget.energy), dtype=torch.float64))
+        assert torch.equal(budget.left[0], torch.ones_like(budget.left[0]))
+        assert budget.left[2].max() == 0
+    for pair in layer_pairs(full, full, ids[0]).values():
+        assert output_error(pair).abs().max() == 0
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_the_bound_and_the_first_order_hold_on_the_embedded_models_keys_and_values(bits: int) -> None:
+    full = load_model(MODEL, dtype=torch.float32)
+    tokens = load_tokenizer(MODEL)(TEXT.read_text()[:800]).input_ids[:64]
+    pairs = layer_pairs(full, rounded_model(full, bits=bits), torch.tensor(tokens))
+    assert len(pairs) == 12
+    for pair in pairs.values():
+        assert pair.output_weight is not None
+        assert (output_error(pair).norm(dim=-1) <= error_bound(pair) + 1e-12).all()
+        missed = []
+        for amount in (1e-3, 1e-4):
+            small = scaled(pair, amount)
+            missed.append(float((output_error(small) - token_errors(small).sum(2)).norm()))
+        assert missed[0] / missed[1] == pytest.approx(100, rel=0.1)
+
+
+def test_a_whole_intact_prefix_leaves_what_its_own_tokens_did_not_cause() -> None:
+    full = load_model(MODEL, dtype=torch.float32)
+    ids = torch.tensor(load_tokenizer(MODEL)(TEXT.read_text()[:800]).input_ids[:48])[None]
+    mse = mse_by_prefix_size(full, rounded_model(full, bits=3), ids, most=6)
+    assert mse.shape == (7, 12)
+    assert mse.mean(1).diff()[0] < 0  # [BOS] is the pivot
+    assert mse_by_prefix_size(full, full, ids, most=3).max() < 1e-6
+    with pytest.raises(IntactKVError, match="must lie between 1"):
+        mse_by_prefix_size(full, full, ids, most=47)
+
+
+def test_sizes_that_make_no_sense_and_other_models_are_refused() -> None:
+    full, ids = build(ARCHITECTURES[1]), prompts(rows=1)
+    for sizes in ([], [1, 2], [0, 2, 1], [0, 99]):
+        with pytest.raises(IntactKVError, match="must begin with 0, rise"):
+            error_budget(full, full, ids, sizes=sizes)
+    with pytest.raises(IntactKVError, match="quantized from"):
+        error_budget(full, build(ARCHITECTURES[1], num_hidden_layers=2), ids)
+    with pytest.raises(IntactKVError, match="quantized from"):
+        error_budget(full, build(ARCHITECTURES[0]), ids)
+
+
+def test_the_beginning_of_an_artifact_is_the_artifact_of_the_beginning() -> None:
+    from intactkv import capture
+
+    full, ids = build(ARCHITECTURES[1]), prompts(rows=1)[0]
+    kv = capture(full, ids[:5])
+    for size in (1, 3, 5):
+        part, alone = first_tokens(kv, size), capture(full, ids[:size])
+        assert torch.equal(part.ids, alone.ids)
+        for i, (key, value) in alone.layers.items():
+            assert torch.allclose(part.layers[i][0], key, atol=1e-5)
+            assert torch.allclose(part.layers[i][1], value, atol=1e-5)
+    with pytest.raises(IntactKVError, match="between 1 and the 5 tokens"):
+        first_tokens(kv, 6)

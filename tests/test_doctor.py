@@ -67,7 +67,7 @@ def test_the_budget_puts_all_of_the_planted_error_on_bos(on_planted: Examination
 def test_the_control_model_gets_no_effect(control: PreTrainedModel) -> None:  # noqa: F811
     tokenizer = load_tokenizer(CONTROL)
     tokens = tokenizer(TEXT.read_text(), add_special_tokens=False, verbose=False).input_ids
-    models = {"3-bit RTN": rounded_model(control, bits=3), "4-bit RTN": rounded_model(control, bits=4)}
+    models = {"3-bit": rounded_model(control, bits=3), "4-bit": rounded_model(control, bits=4)}
     found = examine(control, models, tokens, start=tokenizer.bos_token_id)
     assert {found.verdict(name) for name in models} == {"no effect"}
     assert found.diagnosis.pivots == ()
@@ -135,11 +135,10 @@ def test_the_page_is_well_formed_self_contained_and_accessible(embedded: tuple[P
     assert not parsed.all("script")
     assert not re.search(r"(?:https?:)?//[a-z]", re.sub(r"base64,[\w+/=]+", "", text))  # nothing is fetched
     pictures = parsed.all("img")
-    assert len(pictures) == 4
+    assert [picture["class"] for picture in pictures] == 4 * ["on-light", "on-dark"]
     for picture in pictures:
         assert len(picture["alt"] or "") > 60
         assert base64.b64decode((picture["src"] or "").split(",")[1]).startswith(b"\x89PNG")
-    assert len(parsed.all("source")) == 8
     assert all(th["scope"] in ("col", "row") for th in parsed.all("th"))
     assert len(parsed.all("caption")) == len(parsed.all("table")) == 4
     for needed in ("prefers-color-scheme: dark", "@media print"):
@@ -174,8 +173,8 @@ def test_a_real_browser_shows_it_without_errors(
 
     page_path, picture = tmp_path / "page.html", tmp_path / "page.png"
     probe = (  # only in the test's copy: says on the console how large each picture came out
-        "<script>addEventListener('load', () => { for (const i of document.images) "
-        "console.log('IMAGE', i.complete, i.naturalWidth, Math.round(i.getBoundingClientRect().width)); "
+        "<script>addEventListener('load', () => { for (const i of document.images) if (i.offsetParent) "
+        "console.log('IMAGE', i.className, i.complete, i.naturalWidth, Math.round(i.getBoundingClientRect().width)); "
         "console.log('OVERFLOW', document.documentElement.scrollWidth > innerWidth); })</script></body>"
     )
     page_path.write_text(embedded[0].read_text().replace("</body>", probe))
@@ -191,7 +190,11 @@ def test_a_real_browser_shows_it_without_errors(
     said = re.findall(r'CONSOLE[^"]*"([^"]*)"', done.stderr)
     images = [line.split()[1:] for line in said if line.startswith("IMAGE")]
     assert len(images) == 4
-    assert all(loaded == "true" and int(natural) > 500 and int(shown) > 400 for loaded, natural, shown in images)
+    for theme, loaded, natural, shown in images:
+        assert theme == ("on-dark" if dark else "on-light")
+        assert loaded == "true"
+        assert int(natural) > 500
+        assert int(shown) > 400
     assert [line for line in said if not line.startswith("IMAGE")] == ["OVERFLOW false"]  # no error, no sideways scroll
     with Image.open(picture) as image:
         shot = image.convert("RGB")

@@ -3,6 +3,7 @@
 from intactkv.attach import Attachment, attach
 from intactkv.capture import capture
 from intactkv.kv import IntactKV, IntactKVError
+from intactkv.pivots import discover
 from intactkv.prefix import bos, chat_prefix, text_prefix
 
 __all__ = [
@@ -13,5 +14,6 @@ __all__ = [
     "bos",
     "capture",
     "chat_prefix",
+    "discover",
     "text_prefix",
 ]

@@ -40,7 +40,9 @@ h1 { font-size: 1.6rem; margin-bottom: 0; } h2 { font-size: 1.2rem; margin-top: 
 caption { text-align: left; padding-bottom: .3rem; } th, td { padding: .15rem .7rem .15rem 0; text-align: right;
   border-bottom: 1px solid var(--line); white-space: nowrap; } th:first-child, td:first-child { text-align: left; }
 th { vertical-align: bottom; } thead th { white-space: normal; } table { font-size: .92rem; }
-figure { margin: 1.2rem 0; } img { max-width: 100%; height: auto; } code { overflow-wrap: anywhere; }
+figure { margin: 1.2rem 0; } .on-dark { display: none; }
+@media screen and (prefers-color-scheme: dark) { .on-dark { display: inline; } .on-light { display: none; } }
+ img { max-width: 100%; height: auto; } code { overflow-wrap: anywhere; }
 @media print { :root { color-scheme: light; --ink: #000; --soft: #333; --paper: #fff; --line: #999; --good: #005a36;
   --some: #6b4500; --none: #333; --bad: #a11212; } body { font-size: 11pt; margin: 0; max-width: none; }
   table { font-size: 9pt; } .scroll { overflow: visible; } 
@@ -165,11 +167,8 @@ def _picture(draw: Callable[[Path, Any], Path], *, alt: str, caption: str) -> st
         for theme in ("light", "dark"):
             drawn = draw(Path(folder) / f"{theme}.png", theme)
             data[theme] = "data:image/png;base64," + base64.b64encode(drawn.read_bytes()).decode()
-    return (
-        f'<figure><picture><source media="print" srcset="{data["light"]}">'
-        f'<source media="(prefers-color-scheme: dark)" srcset="{data["dark"]}">'
-        f'<img src="{data["light"]}" alt="{escape(alt)}"></picture><figcaption>{escape(caption)}</figcaption></figure>'
-    )
+    both = "".join(f'<img class="on-{theme}" src="{data[theme]}" alt="{escape(alt)}">' for theme in ("light", "dark"))
+    return f"<figure>{both}<figcaption>{escape(caption)}</figcaption></figure>"
 
 
 def _arms(found: Examination) -> str:
@@ -241,7 +240,8 @@ def _search(found: Examination, name: Names) -> str:
 
 
 def _about(found: Examination, made_by: dict[str, Any]) -> str:
-    items = [*found.missing, *(f"{key}: {value}" for key, value in made_by.items())]
+    flat = {k: ", ".join(map(" ".join, v.items())) if isinstance(v, dict) else v for k, v in made_by.items()}
+    items = [*found.missing, *(f"{key}: {value}" for key, value in flat.items())]
     listed = "".join(f"<li>{escape(item)}</li>" for item in items)
     return (
         "<h2>About these figures</h2>\n<p>Pivots and the prefix were looked for in the first part of the text, the "

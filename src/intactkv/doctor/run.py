@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from intactkv.demo import MODEL, TEXT
 from intactkv.doctor.examine import Examination, examine, to_dict
 from intactkv.doctor.html import page
-from intactkv.doctor.simulate import rounded_model
+from intactkv.doctor.simulate import GROUP_SIZE, rounded_model
 from intactkv.doctor.words import (
     Names,
     budget_sentence,
@@ -35,7 +35,7 @@ def run(
 ) -> Examination:
     """Examine `model` (None: the embedded one), print a summary and write `out` and its figures beside it as JSON.
 
-    Without `quantized`, two models are simulated, "4-bit RTN" and "3-bit RTN". Raises
+    Without `quantized`, two models are simulated, "4-bit" and "3-bit". Raises
     `IntactKVError` before any work where `out` cannot be written or matplotlib is missing.
     """
     _check_out(out)
@@ -50,12 +50,14 @@ def run(
         status.update("drawing")
         name = names(tokenizer)
         shown = "the embedded model" if model is None else model
-        html = page(found, title=f"intactkv doctor: {shown}", name=name, made_by=made_by())
+        how = quantized or f"simulated by rounding to nearest, groups of {GROUP_SIZE}"
+        html = page(found, title=f"intactkv doctor: {shown}", name=name, made_by={"quantized": how, **made_by()})
     _write(out, html)
-    written = write_json(out.with_suffix(".json"), {"model": str(shown), "quantized": quantized, **to_dict(found)})
+    written = write_json(out.with_suffix(".json"), {"model": str(shown), "quantized": how, **to_dict(found)})
     figures = found.evaluation.to_dict()
     title = f"{figures['windows']} held-out windows of {figures['window']} tokens, {figures['scored_tokens']} scored"
     console.print(arms_table(figures, title=title))
+    console.print(f"Quantized: {how}.", highlight=False, markup=False)
     said = [*pivot_sentences(found, name), prefix_sentence(found, name), budget_sentence(found), layer_sentence(found)]
     for sentence in [*said, *found.missing]:
         console.print(sentence, highlight=False, markup=False)
@@ -80,7 +82,7 @@ def names(tokenizer: PreTrainedTokenizerBase) -> Names:
 def _models(full: PreTrainedModel, quantized: str | None) -> dict[str, PreTrainedModel]:
     if quantized is not None:
         return {"quantized": load_model(quantized, dtype=full.dtype)}
-    return {f"{bits}-bit RTN": rounded_model(full, bits=bits) for bits in BITS}
+    return {f"{bits}-bit": rounded_model(full, bits=bits) for bits in BITS}
 
 
 def _check_out(out: Path) -> None:

@@ -118,7 +118,7 @@ def _rule(module: Any, query: Tensor, mask: Tensor | None, kwargs: dict[str, Any
         causal=bool(causal) and mask is None,
         window=kwargs.get("sliding_window"),
         softcap=kwargs.get("softcap"),
-        sinks=kwargs.get("s_aux"),
+        sinks=None if kwargs.get("s_aux") is None else kwargs["s_aux"].detach(),
         mask=mask,
     )
 

@@ -44,7 +44,7 @@ class Trial:
 def discover(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: str | Sequence[int]) -> list[int]:
     """The shortest prefix ids behind which `data`, a text or token ids without [BOS], holds no pivot.
 
-    It begins with the tokenizer's [BOS] where there is one. At most `1 + MOST_TOKENS · (TRIES + 1)` batched passes
+    It begins with the tokenizer's [BOS] where there is one. At most `2 + MOST_TOKENS · (TRIES + 1)` batched passes
     over 16 windows of 256 tokens; usually two. Raises `IntactKVError` where the model has no pivots, where no prefix
     of up to 8 tokens removes them all, and where the data are too short.
 

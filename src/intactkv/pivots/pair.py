@@ -25,8 +25,9 @@ class LayerBudget:
 
     `carried` `(head, token)` is the share of the first-order error energy that the token at each position carries
     (sums to 1 over tokens for each head). `left` `(size, head)` is the exact error energy with the first `sizes[n]`
-    tokens intact, over that with none; `energy` `(head)` the latter. `tightness` is the median of error over bound.
-    `projected` says whether errors are behind the output projection W_O, or before it where it was not found.
+    tokens intact, over that with none; `energy` `(head)` the latter. `tightness` is the median of error over bound,
+    and `largest` its maximum, which is at most 1. `projected` says whether errors are behind the output projection
+    W_O, or before it where it was not found.
     """
 
     layer: int
@@ -35,6 +36,7 @@ class LayerBudget:
     left: Float[Tensor, "size head"]
     energy: Float[Tensor, "head"]
     tightness: float
+    largest: float
     projected: bool
 
     @property
@@ -71,15 +73,7 @@ def error_budget(
     bounds: dict[int, list[Tensor]] = {}
     projected: dict[int, bool] = {}
     for window in windows:
-        ours = _attended(full, window)
-        theirs = _attended(model, window)
-        if ours.keys() != theirs.keys():
-            raise IntactKVError(
-                f"the full model attends in layers {sorted(ours)}, the other in {sorted(theirs)}; give the model it "
-                "was quantized from"
-            )
-        for layer in sorted(ours):
-            pair = _pair(ours[layer], theirs[layer])
+        for layer, pair in layer_pairs(full, model, window).items():
             found, tightness = _measured(pair, sizes)
             projected[layer] = pair.output_weight is not None
             bounds.setdefault(layer, []).append(tightness)
@@ -96,10 +90,26 @@ def error_budget(
                 left=found["left"] / energy.clamp(min=1e-300),
                 energy=energy,
                 tightness=float(torch.cat(bounds[layer]).median()),
+                largest=float(torch.cat(bounds[layer]).max()),
                 projected=projected[layer],
             )
         )
     return budgets
+
+
+@torch.no_grad()
+def layer_pairs(full: PreTrainedModel, model: PreTrainedModel, window: Int[Tensor, "token"]) -> dict[int, Pair]:
+    """Each attention layer's full queries, keys and values and `model`'s keys and values, for one window, in float64.
+
+    Raises as `error_budget` does.
+    """
+    ours, theirs = _attended(full, window), _attended(model, window)
+    if ours.keys() != theirs.keys():
+        raise IntactKVError(
+            f"the full model attends in layers {sorted(ours)}, the other in {sorted(theirs)}; give the model it was "
+            "quantized from"
+        )
+    return {layer: _pair(ours[layer], theirs[layer]) for layer in sorted(ours)}
 
 
 def _measured(pair: Pair, sizes: Sequence[int]) -> tuple[dict[str, Tensor], Float[Tensor, "token"]]:
