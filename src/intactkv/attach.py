@@ -145,11 +145,7 @@ class Attachment:
         progress = getattr(cache, "intactkv", None)
         if progress is not None and progress.plain:
             ids = args[0] if args else kwargs.get("input_ids")
-            if (
-                ids is not None
-                and ids.shape[1] == 1
-                and (progress.done if torch.compiler.is_compiling() else cache.get_seq_length() >= progress.until)
-            ):
+            if ids is not None and ids.shape[1] == 1 and _past_prefix(cache, progress):
                 return None
         return self._begin(model, args, kwargs)
 
@@ -387,6 +383,13 @@ class _Plan:
     positions: Tensor | None  # what to supply as position_ids, if anything
     packed: bool
     length: int
+
+
+def _past_prefix(cache: Cache, progress: Progress) -> bool:
+    """Whether no row can meet another prefix token; while a graph is recorded, a static cache cannot be asked."""
+    if torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
+        return progress.done
+    return bool(cache.get_seq_length() >= progress.until)
 
 
 def _unpadded(mask: Tensor | None, given: Tensor | None, ids: Tensor) -> bool:
