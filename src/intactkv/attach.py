@@ -387,9 +387,12 @@ class _Plan:
 
 def _past_prefix(cache: Cache, progress: Progress) -> bool:
     """Whether no row can meet another prefix token; while a graph is recorded, a static cache cannot be asked."""
-    if torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
+    if torch.compiler.is_compiling():
         return progress.done
-    return bool(cache.get_seq_length() >= progress.until)
+    length: int | Tensor = cache.get_seq_length()
+    if isinstance(length, Tensor) and length.is_cuda and torch.cuda.is_current_stream_capturing():
+        return progress.done
+    return bool(length >= progress.until)
 
 
 def _unpadded(mask: Tensor | None, given: Tensor | None, ids: Tensor) -> bool:
