@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from intactkv import IntactKV, attach, capture
-from intactkv.capture import tokenizer_digest
+from intactkv.capturing import tokenizer_digest
 from intactkv.kv import IntactKVError, fingerprint, weights_digest
 
 LONG = [*PREFIX, *range(9, 22)]  # twice the sliding windows of the tiny models

@@ -164,6 +164,33 @@ def test_usage_errors_and_help() -> None:
         assert "Usage" in done.stdout
 
 
+def test_help_does_not_wait_for_torch() -> None:
+    script = """if True:
+        import sys, intactkv, intactkv.cli
+        sys.argv = ["intactkv", "--help"]
+        try:
+            intactkv.cli.main()
+        finally:
+            print(sorted({"torch", "transformers"} & set(sys.modules)))
+    """
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "Usage" in done.stdout
+    assert done.stdout.endswith("[]\n")
+
+
+def test_no_public_name_is_a_modules_too() -> None:
+    import intactkv as package
+
+    modules = {path.stem for path in Path(str(package.__file__)).parent.iterdir()}
+    assert not modules & set(package.__all__)
+    assert set(package.__all__) <= set(dir(package))
+    for name in package.__all__:
+        assert getattr(package, name).__name__ == name
+    with pytest.raises(AttributeError, match="has no attribute 'nonsense'"):
+        _ = package.nonsense
+
+
 def test_a_checkpoint_with_missing_or_unexpected_tensors_is_refused(tmp_path: Path) -> None:
     from intactkv import IntactKVError
 

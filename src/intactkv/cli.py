@@ -1,26 +1,24 @@
-"""The command line: capture, check, eval, generate, demo. Errors are one sentence on stderr and exit code 1."""
+"""The command line: capture, check, eval, generate, demo. Errors are one sentence on stderr and exit code 1.
+
+Each command imports what it needs when it runs, so that `--help` does not wait for torch.
+"""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import torch
 import typer
 from rich.console import Console
 from rich.progress import Progress
-from transformers import PreTrainedTokenizerBase
 
-from intactkv.basis import align, basis, describe
-from intactkv.capture import capture, tokenizer_digest
-from intactkv.demo.run import run as run_demo
-from intactkv.evaluate import paper_windows, prefixed_windows, three_arms
-from intactkv.generate import continuation, encode
-from intactkv.kv import IntactKV, IntactKVError
-from intactkv.load import load_model, load_tokenizer, read_text
-from intactkv.prefix import bos, chat_prefix, text_prefix
-from intactkv.report import arms_table, basis_table, sentences, write_json
+from intactkv.error import IntactKVError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from intactkv.kv import IntactKV
 
 app = typer.Typer(
     help="Keep a quantized language model's memory of its first tokens in full precision.",
@@ -47,6 +45,9 @@ def capture_command(
     ids: Annotated[str | None, typer.Option(help="Explicit token ids instead, such as `1,887,526`.")] = None,
 ) -> None:
     """Let the full-precision MODEL compute the keys and values of a prefix, and save them."""
+    from intactkv.capturing import capture
+    from intactkv.load import load_model, load_tokenizer
+
     tokenizer = load_tokenizer(model)
     chosen = _ids(ids) if ids is not None else _prefix(tokenizer, prefix, system)
     with console.status(f"loading {model}"):
@@ -68,6 +69,11 @@ def check_command(
     ] = None,
 ) -> None:
     """Are MODEL's keys and values the full model's, rescaled or rotated ones, or another's? Refuses the last."""
+    from intactkv.basis import align, basis, describe
+    from intactkv.kv import IntactKV
+    from intactkv.load import load_model
+    from intactkv.report import basis_table
+
     artifact = IntactKV.load(kv)
     with console.status("loading both models"):
         full_model, quantized = load_model(full), load_model(model)
@@ -99,6 +105,11 @@ def eval_command(
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write all figures as JSON.", metavar="JSON")] = None,
 ) -> None:
     """Compare three arms on a text: the full model, MODEL with its own prefix, MODEL with the intact prefix."""
+    from intactkv.evaluate import paper_windows, prefixed_windows, three_arms
+    from intactkv.kv import IntactKV
+    from intactkv.load import load_model, load_tokenizer, read_text
+    from intactkv.report import arms_table, sentences, write_json
+
     artifact, tokenizer, text = IntactKV.load(kv), load_tokenizer(full), read_text(data)
     _check_tokenizer(artifact, tokenizer, full)
     tokens = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
@@ -144,6 +155,12 @@ def generate_command(
     seed: Annotated[int, typer.Option(help="The seed of sampling.")] = 0,
 ) -> None:
     """Continue a prompt with MODEL, with an intact KV attached if one is given."""
+    import torch
+
+    from intactkv.generate import continuation, encode
+    from intactkv.kv import IntactKV
+    from intactkv.load import load_model, load_tokenizer
+
     tokenizer = load_tokenizer(model)
     artifact = None if kv is None else IntactKV.load(kv)
     with console.status(f"loading {model}"):
@@ -161,7 +178,9 @@ def demo_command(
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write to.")] = Path("intactkv-demo"),
 ) -> None:
     """Show the whole story offline, on the small model inside this package: the main job in one command."""
-    run_demo(out, console)
+    from intactkv.demo.run import run
+
+    run(out, console)
 
 
 def main() -> None:
@@ -174,6 +193,8 @@ def main() -> None:
 
 
 def _prefix(tokenizer: PreTrainedTokenizerBase, prefix: str, system: str | None) -> list[int]:
+    from intactkv.prefix import bos, chat_prefix, text_prefix
+
     if system is not None and prefix != "chat":
         raise IntactKVError(f"--system goes with --prefix chat, not with --prefix {prefix!r}; add --prefix chat")
     if prefix == "bos":
@@ -189,6 +210,8 @@ def _ids(text: str) -> list[int]:
 
 
 def _check_tokenizer(kv: IntactKV, tokenizer: PreTrainedTokenizerBase, source: str) -> None:
+    from intactkv.capturing import tokenizer_digest
+
     digest = kv.provenance.get("tokenizer")
     if digest is not None and digest != tokenizer_digest(tokenizer):
         raise IntactKVError(

@@ -25,6 +25,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
+from intactkv.error import IntactKVError
 from intactkv.locate import Progress
 
 FORMAT_VERSION = 1
@@ -49,10 +50,6 @@ _FINGERPRINT_FIELDS = tuple(
     moe_router_logit_softcapping router_jitter_noise swiglu_alpha swiglu_limit linear_allow_neg_eigval
     """.split()  # noqa: SIM905
 )
-
-
-class IntactKVError(ValueError):
-    """What was given cannot be done right: the message names the value, the rule and the remedy."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -32,7 +32,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from intactkv.capture import capture
+from intactkv.capturing import capture
 from intactkv.evaluate.windows import prefixed_windows
 from intactkv.kv import IntactKVError, weights_digest
 from intactkv.load import load_with_losses

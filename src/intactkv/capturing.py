@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from intactkv.attach import is_attached
+from intactkv.attachment import is_attached
 from intactkv.kv import IntactKV, IntactKVError, fingerprint, weights_digest
 from intactkv.record import recorded
 
