@@ -1,4 +1,4 @@
-"""How far must another fine-tune of the same base be for `basis`, `align` and the door to notice, and what harm by then?
+"""How far off must another fine-tune be for `basis`, `align` and the door to notice, and what harm is done by then?
 
 What it does: fine-tunes MODEL for some hundred steps of AdamW on the tail of the embedded text (or TEXT), once for each
 learning rate; measures what `basis` measures, the change of the input embeddings, and the closest layer at the door,

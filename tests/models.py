@@ -88,7 +88,7 @@ ARCHITECTURES = [
     _architecture("gemma4", "Gemma4Text", "Gemma4ForCausalLM", **_GQA, num_hidden_layers=4, num_kv_shared_layers=1,
                   layer_types=["sliding_attention", "full_attention"] * 2, sliding_window=8, head_dim=16,
                   global_head_dim=32, vocab_size_per_layer_input=VOCAB, hidden_size_per_layer_input=8,
-                  note="window 8, wider heads in full layers, layers that share KV"),
+                  tolerance=3e-5, note="window 8, attention scale 1, wider heads in full layers, layers that share KV"),
     _architecture("lfm2", "Lfm2", **_GQA, layer_types=["conv", "full_attention", "conv"], recurrent=True,
                   note="short convolutions"),
     _architecture("qwen3-next", "Qwen3Next", **_GQA, **_MOE, head_dim=16, num_experts=4, linear_num_key_heads=2,

@@ -190,7 +190,7 @@ def test_another_fine_tune_is_warned_about_and_a_far_one_refused(mha: PreTrained
         for served in (model, rounded(model, 4)):
             with pytest.warns(UserWarning, match="another fine-tune of the same base"):
                 basis(mha, served)
-    with pytest.raises(IntactKVError, match="not another fine-tune|no scaled or rotated form"):
+    with pytest.raises(IntactKVError, match=r"not another fine-tune|no scaled or rotated form"):
         align(kv, basis(mha, tuned(mha, 0.1)))
 
 

@@ -16,8 +16,8 @@ from intactkv.attachment import is_attached
 from intactkv.kv import IntactKV, IntactKVError, check_finite, fingerprint, weights_digest
 from intactkv.record import recorded
 
-# By this share a later token may seem to change an earlier one's keys or values: arithmetic in bfloat16, whose order can
-# depend on the batch. Attention that looks ahead changes them by tenths.
+# By this share a later token may seem to change an earlier one's keys or values: arithmetic in bfloat16, whose order
+# can depend on the batch. Attention that looks ahead changes them by tenths.
 _LEAK = 0.02
 
 

@@ -82,7 +82,7 @@ def quantize_command(
     ] = "bos",
     system: Annotated[str | None, typer.Option(help="The system prompt, with `--prefix chat`.")] = None,
 ) -> None:
-    """Quantize MODEL into a checkpoint that transformers and vLLM load, with its intact KV in the right basis beside it."""
+    """Quantize MODEL into a checkpoint that transformers and vLLM load, and write the intact KV that fits beside it."""
     from intactkv.load import load_tokenizer, read_text
     from intactkv.quantize import PREFIX_KV, chosen, quantize
 

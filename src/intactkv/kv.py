@@ -292,7 +292,7 @@ def check_finite(layers: Mapping[int, tuple[Tensor, Tensor]], remedy: str) -> No
     """Raise `IntactKVError` naming the first layer whose keys or values hold NaN or infinity, which would spread."""
     for i, pair in layers.items():
         for name, tensor in zip(("keys", "values"), pair, strict=True):
-            if not bool(torch.isfinite(tensor.float()).all()):
+            if not bool(torch.isfinite(tensor.double()).all()):
                 raise IntactKVError(f"the {name} of layer {i} hold NaN or infinity; {remedy}")
 
 
