@@ -228,7 +228,7 @@ def residual_rotation(full: PreTrainedModel, model: PreTrainedModel) -> Float[Te
         warnings.warn(
             f"{100 * left:.1g} % of the energy of the models' embeddings differ, more than another dtype explains: "
             "either they are quantized (GGUF does so), or this is another fine-tune of the same base, for which the "
-            "full model's intact KV is wrong; make sure that the full model is the one it was quantized from",
+            "full model's intact KV may do harm; make sure that the full model is the one it was quantized from",
             stacklevel=3,
         )
     return rotation
