@@ -1,4 +1,4 @@
-"""The command line: capture, check, eval, generate, demo. Errors are one sentence on stderr and exit code 1.
+"""The command line: capture, quantize, check, eval, generate, demo. Errors are one sentence on stderr and exit code 1.
 
 Each command imports what it needs when it runs, so that `--help` does not wait for torch.
 """
@@ -57,6 +57,51 @@ def capture_command(
         kv.save(out)
     console.print(f"{out}: {kv}")
     console.print(f"prefix {chosen} = {tokenizer.decode(chosen)!r}", markup=False)
+
+
+@app.command("quantize")
+def quantize_command(
+    model: Model,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.", metavar="DIR")],
+    method: Annotated[str, typer.Option(help="rtn, gptq, awq, autoround, smoothquant or rotated.")] = "rtn",
+    bits: Annotated[int, typer.Option(help="Bits of a weight: 2, 3, 4 or 8.")] = 4,
+    group_size: Annotated[int, typer.Option(help="Weights that share a scale; 0 is one row.", min=0)] = 128,
+    symmetric: Annotated[
+        bool | None, typer.Option("--symmetric/--asymmetric", help="By default as the method has it.")
+    ] = None,
+    activation_bits: Annotated[
+        int | None, typer.Option(help="Round the inputs of layers too, to so many bits.")
+    ] = None,
+    kv_bits: Annotated[int | None, typer.Option(help="Round keys and values in the cache, to so many bits.")] = None,
+    rounding: Annotated[str | None, typer.Option(help="rtn or gptq, after smoothquant or rotated.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="A UTF-8 text to calibrate on; only rtn needs none.", metavar="TEXT")
+    ] = None,
+    prefix: Annotated[
+        str, typer.Option(help="`bos`, `chat`, or the text that prompts begin with: what stays intact.")
+    ] = "bos",
+    system: Annotated[str | None, typer.Option(help="The system prompt, with `--prefix chat`.")] = None,
+) -> None:
+    """Quantize MODEL into a checkpoint that transformers and vLLM load, and write the intact KV that fits beside it."""
+    from intactkv.load import load_tokenizer, read_text
+    from intactkv.quantize import PREFIX_KV, chosen, quantize
+
+    settings = chosen(
+        method, bits=bits, group_size=group_size, activation_bits=activation_bits, kv_bits=kv_bits,
+        symmetric=symmetric, rounding=rounding,
+    )  # fmt: skip
+    if settings.needs_calibration and data is None:
+        raise IntactKVError(f"--method {method} learns from text; add --data TEXT, or use --method rtn")
+    text = None if data is None else read_text(data)
+    ids = _prefix(load_tokenizer(model), prefix, system)
+    screen = Console(file=sys.stderr)  # the one the user sees, while llm-compressor's output is silenced
+    with Progress(console=screen, transient=True, redirect_stdout=False, redirect_stderr=False) as bar:
+        task = bar.add_task(f"{method}, {bits} bits", total=None)
+        quantize(
+            model, out, method=settings, calibration=text, prefix=ids,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )  # fmt: skip
+    console.print(f"{out}: {method}, {bits} bits; attach {out / PREFIX_KV} to it", highlight=False)
 
 
 @app.command("check")
