@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from intactkv.capture import capture
+from intactkv.capturing import capture
 from intactkv.decoder import watched_outputs
 from intactkv.evaluate import Arm, Evaluation, Interval, Windows, evaluate, judge, prefixed_windows
 from intactkv.kv import IntactKV, IntactKVError

@@ -11,8 +11,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from intactkv.attach import attach
-from intactkv.capture import capture
+from intactkv.attachment import attach
+from intactkv.capturing import capture
 from intactkv.decoder import output_weight, watched_outputs
 from intactkv.kv import IntactKV, IntactKVError
 from intactkv.pivots.attention import Attended, watched_attention
