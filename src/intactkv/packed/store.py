@@ -144,13 +144,13 @@ class Store:
         wanted = max(slots, int(capacity * GROWTH)) + 64
         per = self.token_group or 1
         wanted = -(-wanted // per) * per
-        self.codes = _grown(self.codes, wanted, self.used)
-        self.scale = _grown(self.scale, wanted // per, self.used // per)
-        self.low = _grown(self.low, wanted // per, self.used // per)
+        self.codes = _grown(self.codes, wanted)
+        self.scale = _grown(self.scale, wanted // per)
+        self.low = _grown(self.low, wanted // per)
 
 
-def _grown(buffer: Tensor, capacity: int, used: int) -> Tensor:
-    batch, head, _, last = buffer.shape
+def _grown(buffer: Tensor, capacity: int) -> Tensor:
+    batch, head, held, last = buffer.shape
     larger = buffer.new_zeros((batch, head, capacity, last))
-    larger[:, :, :used] = buffer[:, :, :used]
+    larger[:, :, :held] = buffer
     return larger
