@@ -3,8 +3,9 @@
 Each program takes one key head of one row and a share of its tokens. A block's bytes are loaded once; every plane of
 codes is multiplied with the matching slice of the query, so that nothing is interleaved, and scales stay out of the
 products: q·(code * scale + low) = scale * (q·code) + low * Σq for scales per token; for scales per channel they go
-into q once for each group of tokens. Products are of half-precision numbers with float32 sums; queries and weights are
-brought to the largest one of their row or block first, so that half precision's range does not matter.
+into q once for each group of tokens. Products are of half-precision numbers with float32 sums: codes are counted from the
+middle of their range, which is exact; queries and weights are brought to the largest one of their row or block first, so
+that half precision's range does not matter, and where `exact` is asked for they go in two parts, number and remainder.
 
 What this gives up: shared scales within a head's numbers (`group_size` below the head's width) and token groups that are no
 multiple of 16, for which `fits` says no and PyTorch does the work.
@@ -42,8 +43,9 @@ def packed_attention_gpu(
     begin: Int[Tensor, "batch"] | None = None,
     mask: Tensor | None = None,
     softcap: float | None = None,
+    exact: bool = True,
 ) -> Partial:
-    """`packed_attention`, in two kernels; half-precision products, float32 sums."""
+    """`packed_attention` in two kernels; `exact` to float32, else to the half precision of the products."""
     batch, head, rows, dim = query.shape
     tokens, block = len(key), _block(key)
     splits, share = _splits(batch * head, tokens, block, query.device)
@@ -60,7 +62,7 @@ def packed_attention_gpu(
         DIM=dim, DIM_V=value.dim, BITS=key.bits, BITS_V=value.bits, TOKEN_GROUP=key.token_group, BLOCK=block,
         ROWS=max(ROWS, triton.next_power_of_2(rows)), BEGIN=begin is not None,
         MASK=0 if seen is None else 1 if seen.dtype == torch.bool else 2, CAP=softcap is not None,
-        ASM=query.is_cuda and torch.version.cuda is not None,
+        EXACT=exact, ASM=query.is_cuda and torch.version.cuda is not None,
         num_warps=4, num_stages=3,
     )  # fmt: skip
     out = Partial(*(query.new_empty((batch, head, rows, n), dtype=torch.float32) for n in (value.dim, 1, 1)))
@@ -88,8 +90,8 @@ def _splits(programs: int, tokens: int, block: int, device: torch.device) -> tup
 
 
 @triton.jit
-def _halves(word, shift: tl.constexpr, mask: tl.constexpr, ASM: tl.constexpr):
-    """`(byte >> shift) & mask` of every byte, in half precision."""
+def _halves(word, shift: tl.constexpr, mask: tl.constexpr, middle: tl.constexpr, ASM: tl.constexpr):
+    """`((byte >> shift) & mask) - middle` of every byte, in half precision."""
     if ASM:
         # four bytes at a time: 0x6400 | code is the half-precision number 1024 + code
         return tl.inline_asm_elementwise(
@@ -98,29 +100,40 @@ def _halves(word, shift: tl.constexpr, mask: tl.constexpr, ASM: tl.constexpr):
             f"and.b32 t, t, {mask};\n"
             "prmt.b32 $0, t, 0x64646464, 0x4140;\n"
             "prmt.b32 $1, t, 0x64646464, 0x4342;\n"
-            "sub.rn.f16x2 $0, $0, 0x64006400;\n"
-            "sub.rn.f16x2 $1, $1, 0x64006400; }",
+            f"mov.b32 t, {0x64006400 + middle * 0x10001};\n"
+            "sub.rn.f16x2 $0, $0, t;\n"
+            "sub.rn.f16x2 $1, $1, t; }",
             "=r,=r,r",
             args=[word],
             dtype=tl.float16,
             is_pure=True,
             pack=4,
         )
-    return ((word >> shift) & (mask & 0xFF)).to(tl.float16)
+    return ((word >> shift) & (mask & 0xFF)).to(tl.float16) - middle
 
 
 @triton.jit
 def _plane(low, high, PLANE: tl.constexpr, BITS: tl.constexpr, WIDE: tl.constexpr, ASM: tl.constexpr):
-    """Codes `PLANE * WIDE` and following of every token, `(token, WIDE)`, in half precision; see `bits.py`."""
+    """Codes `PLANE * WIDE` and following of every token less 2^(bits - 1), `(token, WIDE)`; see `bits.py`."""
     if BITS == 8:
-        return _halves(low, 0, 0xFFFFFFFF, ASM)
+        return _halves(low, 0, 0xFFFFFFFF, 128, ASM)
     if BITS == 4:
-        return _halves(low, PLANE * 4, 0x0F0F0F0F, ASM)
-    two = _halves(low, PLANE * 2, 0x03030303, ASM)
+        return _halves(low, PLANE * 4, 0x0F0F0F0F, 8, ASM)
     if BITS == 2:
-        return two
+        return _halves(low, PLANE * 2, 0x03030303, 2, ASM)
     at = PLANE * 2 + tl.arange(0, WIDE) // (WIDE // 2)
-    return two + 4 * ((high >> at[None, :].to(tl.uint8)) & 1).to(tl.float16)
+    return _halves(low, PLANE * 2, 0x03030303, 4, ASM) + 4 * ((high >> at[None, :].to(tl.uint8)) & 1).to(tl.float16)
+
+
+@triton.jit
+def _product(x, codes, sum_, EXACT: tl.constexpr):
+    """`sum_` + x @ codes for x within ±1 in float32."""
+    number = x.to(tl.float16)
+    sum_ = tl.dot(number, codes, sum_)
+    if EXACT:  # the remainder in units of 2^-11, so that it is no subnormal number
+        rest = ((x - number.to(tl.float32)) * 2048).to(tl.float16)
+        sum_ += tl.dot(rest, codes) * (1 / 2048)
+    return sum_
 
 
 @triton.jit
@@ -130,7 +143,7 @@ def _attend(
     kb, kh, kt, ksb, ksh, kst, vb, vh, vt, vsb, vsh, vst, mb, mh, mr, mt,
     DIM: tl.constexpr, DIM_V: tl.constexpr, BITS: tl.constexpr, BITS_V: tl.constexpr, TOKEN_GROUP: tl.constexpr,
     BLOCK: tl.constexpr, ROWS: tl.constexpr, BEGIN: tl.constexpr, MASK: tl.constexpr, CAP: tl.constexpr,
-    ASM: tl.constexpr,
+    EXACT: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """One head's attention over one share of its packed tokens."""
     split, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -154,8 +167,9 @@ def _attend(
         size = tl.maximum(size, tl.maximum(tl.max(tl.abs(q2), 1), tl.max(tl.abs(q3), 1)))
         sum_q += tl.sum(q2, 1) + tl.sum(q3, 1)
     size = tl.maximum(size, 1e-30)
-    h0, h1 = (q0 / size[:, None]).to(tl.float16), (q1 / size[:, None]).to(tl.float16)
-    h2, h3 = (q2 / size[:, None]).to(tl.float16), (q3 / size[:, None]).to(tl.float16)
+    h0, h1, h2, h3 = q0 / size[:, None], q1 / size[:, None], q2 / size[:, None], q3 / size[:, None]
+    MIDDLE: tl.constexpr = 2 ** (BITS - 1)
+    MIDDLE_V: tl.constexpr = 2 ** (BITS_V - 1)
 
     first = 0
     if BEGIN:
@@ -165,6 +179,7 @@ def _attend(
     a0 = tl.zeros((ROWS, WV), tl.float32)
     a1, a2, a3 = a0, a0, a0
     low_sum = tl.zeros((ROWS,), tl.float32)
+    unit = 1e-30
     k_codes += b * kb + h * kh
     v_codes += b * vb + h * vh
     k_scale += b * ksb + h * ksh
@@ -188,36 +203,35 @@ def _attend(
         if TOKEN_GROUP > 0:
             # scales per channel: into the query, once for this block, which lies within one group
             g = (start // TOKEN_GROUP) * kst
-            s0 = tl.load(k_scale + g + jk).to(tl.float32)
-            shift_ = tl.sum(q0 * tl.load(k_low + g + jk).to(tl.float32)[None, :], 1)
-            w0 = q0 * s0[None, :]
+            w0 = q0 * tl.load(k_scale + g + jk).to(tl.float32)[None, :]
+            shift = tl.sum(q0 * tl.load(k_low + g + jk).to(tl.float32)[None, :] + w0 * MIDDLE, 1)
             w1, w2, w3 = w0, w0, w0
             top = tl.max(tl.abs(w0), 1)
             if K >= 2:
                 w1 = q1 * tl.load(k_scale + g + WK + jk).to(tl.float32)[None, :]
-                shift_ += tl.sum(q1 * tl.load(k_low + g + WK + jk).to(tl.float32)[None, :], 1)
+                shift += tl.sum(q1 * tl.load(k_low + g + WK + jk).to(tl.float32)[None, :] + w1 * MIDDLE, 1)
                 top = tl.maximum(top, tl.max(tl.abs(w1), 1))
             if K == 4:
                 w2 = q2 * tl.load(k_scale + g + 2 * WK + jk).to(tl.float32)[None, :]
                 w3 = q3 * tl.load(k_scale + g + 3 * WK + jk).to(tl.float32)[None, :]
-                shift_ += tl.sum(q2 * tl.load(k_low + g + 2 * WK + jk).to(tl.float32)[None, :], 1)
-                shift_ += tl.sum(q3 * tl.load(k_low + g + 3 * WK + jk).to(tl.float32)[None, :], 1)
+                shift += tl.sum(q2 * tl.load(k_low + g + 2 * WK + jk).to(tl.float32)[None, :] + w2 * MIDDLE, 1)
+                shift += tl.sum(q3 * tl.load(k_low + g + 3 * WK + jk).to(tl.float32)[None, :] + w3 * MIDDLE, 1)
                 top = tl.maximum(top, tl.maximum(tl.max(tl.abs(w2), 1), tl.max(tl.abs(w3), 1)))
             top = tl.maximum(top, 1e-30)
-            h0, h1 = (w0 / top[:, None]).to(tl.float16), (w1 / top[:, None]).to(tl.float16)
-            h2, h3 = (w2 / top[:, None]).to(tl.float16), (w3 / top[:, None]).to(tl.float16)
-        s = tl.dot(h0, tl.trans(_plane(k_bytes, k_high, 0, BITS, WK, ASM)))
+            h0, h1, h2, h3 = w0 / top[:, None], w1 / top[:, None], w2 / top[:, None], w3 / top[:, None]
+        s = tl.zeros((ROWS, BLOCK), tl.float32)
+        s = _product(h0, tl.trans(_plane(k_bytes, k_high, 0, BITS, WK, ASM)), s, EXACT)
         if K >= 2:
-            s = tl.dot(h1, tl.trans(_plane(k_bytes, k_high, 1, BITS, WK, ASM)), s)
+            s = _product(h1, tl.trans(_plane(k_bytes, k_high, 1, BITS, WK, ASM)), s, EXACT)
         if K == 4:
-            s = tl.dot(h2, tl.trans(_plane(k_bytes, k_high, 2, BITS, WK, ASM)), s)
-            s = tl.dot(h3, tl.trans(_plane(k_bytes, k_high, 3, BITS, WK, ASM)), s)
+            s = _product(h2, tl.trans(_plane(k_bytes, k_high, 2, BITS, WK, ASM)), s, EXACT)
+            s = _product(h3, tl.trans(_plane(k_bytes, k_high, 3, BITS, WK, ASM)), s, EXACT)
         if TOKEN_GROUP > 0:
-            s = s * top[:, None] + shift_[:, None]
+            s = s * top[:, None] + shift[:, None]
         else:
             scale = tl.load(k_scale + t.to(tl.int64) * kst, there, 0.0).to(tl.float32)
             low = tl.load(k_low + t.to(tl.int64) * kst, there, 0.0).to(tl.float32)
-            s = s * size[:, None] * scale[None, :] + sum_q[:, None] * low[None, :]
+            s = s * size[:, None] * scale[None, :] + sum_q[:, None] * (low + scale * MIDDLE)[None, :]
         if CAP:
             s = cap * (2 / (1 + tl.exp(-2 * s / cap)) - 1)
         visible = there & (t >= first)
@@ -236,24 +250,26 @@ def _attend(
         l = l * faded + tl.sum(p, 1)
         v_s = tl.load(v_scale + t.to(tl.int64) * vst, there, 0.0).to(tl.float32)
         v_l = tl.load(v_low + t.to(tl.int64) * vst, there, 0.0).to(tl.float32)
-        low_sum = low_sum * faded + tl.sum(p * v_l[None, :], 1)
-        top_v = tl.maximum(tl.max(v_s, 0), 1e-30)
-        w = (p * (v_s / top_v)[None, :]).to(tl.float16)
-        f = faded[:, None]
-        a0 = a0 * f + tl.dot(w, _plane(v_bytes, v_high, 0, BITS_V, WV, ASM)) * top_v
+        low_sum = low_sum * faded + tl.sum(p * (v_l + v_s * MIDDLE_V)[None, :], 1)
+        # `unit` is the scale that the sums so far are in; weights stay within half precision's range
+        unit_ = tl.maximum(unit, tl.max(v_s, 0))
+        w = p * (v_s / unit_)[None, :]
+        f = (faded * (unit / unit_))[:, None]
+        unit = unit_
+        a0 = _product(w, _plane(v_bytes, v_high, 0, BITS_V, WV, ASM), a0 * f, EXACT)
         if V >= 2:
-            a1 = a1 * f + tl.dot(w, _plane(v_bytes, v_high, 1, BITS_V, WV, ASM)) * top_v
+            a1 = _product(w, _plane(v_bytes, v_high, 1, BITS_V, WV, ASM), a1 * f, EXACT)
         if V == 4:
-            a2 = a2 * f + tl.dot(w, _plane(v_bytes, v_high, 2, BITS_V, WV, ASM)) * top_v
-            a3 = a3 * f + tl.dot(w, _plane(v_bytes, v_high, 3, BITS_V, WV, ASM)) * top_v
+            a2 = _product(w, _plane(v_bytes, v_high, 2, BITS_V, WV, ASM), a2 * f, EXACT)
+            a3 = _product(w, _plane(v_bytes, v_high, 3, BITS_V, WV, ASM), a3 * f, EXACT)
     row = (bh * tl.num_programs(0) + split) * rows + r
     at = acc + row[:, None] * DIM_V + jv[None, :]
-    tl.store(at, a0 + low_sum[:, None], live[:, None])
+    tl.store(at, a0 * unit + low_sum[:, None], live[:, None])
     if V >= 2:
-        tl.store(at + WV, a1 + low_sum[:, None], live[:, None])
+        tl.store(at + WV, a1 * unit + low_sum[:, None], live[:, None])
     if V == 4:
-        tl.store(at + 2 * WV, a2 + low_sum[:, None], live[:, None])
-        tl.store(at + 3 * WV, a3 + low_sum[:, None], live[:, None])
+        tl.store(at + 2 * WV, a2 * unit + low_sum[:, None], live[:, None])
+        tl.store(at + 3 * WV, a3 * unit + low_sum[:, None], live[:, None])
     tl.store(peak + row, m, live)
     tl.store(total + row, l, live)
 
