@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from intactkv import IntactKVError, capture
-from intactkv.basis import align, basis, describe, nearest_rotation, relate
+from intactkv.basis import FLOOR, MIXED, align, basis, describe, embedding_change, nearest_rotation, relate
 
 P, DIM = len(PREFIX), 16
 
@@ -168,6 +169,38 @@ def test_what_is_no_rewrite_of_the_model_is_refused(mha: PreTrainedModel) -> Non
     fewer.model.embed_tokens.weight.copy_(mha.model.embed_tokens.weight)
     with pytest.raises(IntactKVError, match="shape"):
         basis(mha, fewer)
+
+
+def tuned(model: PreTrainedModel, rate: float, steps: int = 20) -> PreTrainedModel:
+    """A fine-tune of `model` on a few random windows."""
+    model = copy.deepcopy(model).train()
+    ids, optimizer = prompts(8, 24), torch.optim.AdamW(model.parameters(), lr=rate)
+    for _ in range(steps):
+        model(ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval()
+
+
+def test_another_fine_tune_is_warned_about_and_a_far_one_refused(mha: PreTrainedModel) -> None:
+    kv = capture(mha, PREFIX)
+    for rate in (1e-4, 1e-3):
+        model = tuned(mha, rate)
+        assert FLOOR < embedding_change(mha, model) < MIXED
+        for served in (model, rounded(model, 4)):
+            with pytest.warns(UserWarning, match="another fine-tune of the same base"):
+                basis(mha, served)
+    with pytest.raises(IntactKVError, match=r"not another fine-tune|no scaled or rotated form"):
+        align(kv, basis(mha, tuned(mha, 0.1)))
+
+
+@pytest.mark.parametrize("bits", [16, 2])
+def test_rounding_and_bfloat16_are_not_warned_about(mha: PreTrainedModel, bits: int) -> None:
+    model = copy.deepcopy(mha).bfloat16().float() if bits == 16 else rounded(mha, bits)
+    for rewritten in (model, stream_rotated(model)):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            basis(mha, rewritten)
 
 
 def test_relate_and_rotation_are_right_on_known_data() -> None:

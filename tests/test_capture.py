@@ -13,6 +13,8 @@ import torch
 from models import ARCHITECTURES, PREFIX, VOCAB, Architecture, build, by_name
 from torch import Tensor, nn
 from transformers import (
+    BertConfig,
+    BertLMHeadModel,
     DynamicCache,
     LlamaConfig,
     LlamaForCausalLM,
@@ -27,7 +29,7 @@ from transformers import (
 )
 
 from intactkv import IntactKV, attach, capture
-from intactkv.capture import tokenizer_digest
+from intactkv.capturing import tokenizer_digest
 from intactkv.kv import IntactKVError, fingerprint, weights_digest
 
 LONG = [*PREFIX, *range(9, 22)]  # twice the sliding windows of the tiny models
@@ -429,3 +431,29 @@ def test_a_decoder_inside_a_multimodal_model_is_the_same_decoder() -> None:
     assert inner.fingerprint == kv.fingerprint
     with attach(llava, kv):
         assert llava(torch.tensor([[*PREFIX, 8]])).logits.shape == (1, 4, VOCAB)
+
+
+@torch.no_grad()
+def test_keys_and_values_that_are_not_finite_are_refused() -> None:
+    for name, part in (("k_proj", "keys"), ("v_proj", "values")):
+        model = build(llama)
+        getattr(model.model.layers[2].self_attn, name).weight[0, 0] = float("nan")
+        with pytest.raises(IntactKVError, match=f"the {part} of layer 2 hold NaN or infinity"):
+            capture(model, PREFIX)
+
+
+def test_a_bidirectional_model_is_refused() -> None:
+    sizes = {"vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3}
+    torch.manual_seed(0)
+    config = BertConfig(**sizes, num_attention_heads=4, initializer_range=0.15, is_decoder=True)
+    model = BertLMHeadModel(config).eval()
+    assert len(capture(model, PREFIX)) == len(PREFIX)
+    config.is_decoder = False
+    with pytest.raises(IntactKVError, match=r"bidirectional|Cache\.update"):
+        capture(BertLMHeadModel(config).eval(), PREFIX)
+    doge = build(by_name("llama-gqa"))
+    for layer in doge.model.layers:
+        layer.self_attn.is_causal = False
+    doge.config._attn_implementation = "sdpa"
+    with pytest.raises(IntactKVError, match="is bidirectional: a later token changes the first one's keys in layer 1"):
+        capture(doge, PREFIX)

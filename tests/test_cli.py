@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import io
 import json
 import subprocess
@@ -18,6 +19,7 @@ from intactkv import IntactKV
 from intactkv.cli import main
 from intactkv.demo import MODEL, TEXT
 from intactkv.load import load_model, load_tokenizer
+from intactkv.quantize import chosen
 
 pytest.importorskip("llmcompressor")
 
@@ -144,6 +146,15 @@ def test_the_paper_protocol_and_other_prefixes(demo: tuple[Path, str], tmp_path:
         (["capture", MODEL, "-o", "kv", "--system", "Be brief."], "--system goes with --prefix chat"),
         (["generate", MODEL, "Hi", "--kv", "absent"], "absent is not a file"),
         (["eval", MODEL, "--full", MODEL, "--kv", "absent", "--data", TEXT], "absent is not a file"),
+        (
+            ["quantize", MODEL, "-o", "q", "--method", "magic"],
+            "use one of rtn, gptq, awq, autoround, smoothquant, rotated",
+        ),
+        (["quantize", MODEL, "-o", "q", "--method", "awq"], "learns from text; add --data TEXT"),
+        (["quantize", MODEL, "-o", "q", "--bits", "5"], "bits=5 is not supported; use one of 2, 3, 4, 8"),
+        (["quantize", MODEL, "-o", "q", "--group-size", "100"], "does not divide in_features"),
+        (["quantize", MODEL, "-o", "q", "--rounding", "gptq"], "--method rtn has its own"),
+        (["quantize", MODEL, "-o", "q", "--method", "rotated", "--rounding", "awq"], "use rtn or gptq"),
         (["generate", ".", "Hi"], "no tokenizer that can be loaded"),
     ],
 )
@@ -158,10 +169,37 @@ def test_errors_are_one_sentence_without_traceback(command: list[str], message: 
 def test_usage_errors_and_help() -> None:
     assert intactkv("eval").returncode == 2
     assert intactkv("nonsense").returncode == 2
-    for command in ("capture", "eval", "generate", "demo"):
+    for command in ("capture", "quantize", "check", "eval", "generate", "demo"):
         done = intactkv(command, "--help")
         assert done.returncode == 0
         assert "Usage" in done.stdout
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    script = """if True:
+        import sys, intactkv, intactkv.cli
+        sys.argv = ["intactkv", "--help"]
+        try:
+            intactkv.cli.main()
+        finally:
+            print(sorted({"torch", "transformers"} & set(sys.modules)))
+    """
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "Usage" in done.stdout
+    assert done.stdout.endswith("[]\n")
+
+
+def test_no_public_name_is_a_modules_too() -> None:
+    import intactkv as package
+
+    modules = {path.stem for path in Path(str(package.__file__)).parent.iterdir()}
+    assert not modules & set(package.__all__)
+    assert set(package.__all__) <= set(dir(package))
+    for name in package.__all__:
+        assert getattr(package, name).__name__ == name
+    with pytest.raises(AttributeError, match="has no attribute 'nonsense'"):
+        _ = package.nonsense
 
 
 def test_a_checkpoint_with_missing_or_unexpected_tensors_is_refused(tmp_path: Path) -> None:
@@ -180,6 +218,66 @@ def test_a_checkpoint_with_missing_or_unexpected_tensors_is_refused(tmp_path: Pa
     )
     with pytest.raises(IntactKVError, match=r"unexpected keys such as model\.layers\.0\.online"):
         load_model(folder)
+
+
+@pytest.mark.parametrize("method", ["rtn", "rotated"])
+def test_quantize_writes_a_checkpoint_with_the_kv_that_fits_it(method: str, tmp_path: Path) -> None:
+    out, kv = tmp_path / "w3", tmp_path / "w3/prefix.intactkv.safetensors"
+    done = intactkv("quantize", MODEL, "-o", out, "--method", method, "--bits", "3", "--asymmetric")
+    assert done.returncode == 0, done.stderr
+    assert f"attach {kv}" in "".join(done.stdout.split("\n"))
+    recipe = json.loads((out / "intactkv.json").read_text())
+    settings = recipe.get("levels", recipe)
+    assert (settings["bits"], settings["group_size"], settings["symmetric"]) == (3, 128, False)
+    assert IntactKV.load(kv).provenance["basis"] == recipe["basis"]
+    figures = tmp_path / "eval.json"
+    done = intactkv(
+        "eval", out, "--full", MODEL, "--kv", kv, "--data", TEXT, "--window", "64", "--windows", "6", "-o", figures
+    )
+    assert done.returncode == 0, done.stderr
+    arms = json.loads(figures.read_text())["arms"]
+    assert arms["intact"]["kl_mean"]["value"] < arms["own"]["kl_mean"]["value"]
+    done = intactkv("quantize", MODEL, "-o", out)
+    assert done.returncode == 1
+    assert "exists and is not empty" in " ".join(done.stderr.split())
+
+
+def test_quantize_calibrates_on_a_text_and_keeps_another_prefix(tmp_path: Path) -> None:
+    text = tmp_path / "text"
+    text.write_text(TEXT.read_text(encoding="utf-8")[:8000], encoding="utf-8")
+    done = intactkv(
+        "quantize", MODEL, "-o", tmp_path / "q", "--method", "gptq", "--data", text, "--prefix", "The history of",
+        "--group-size", "0",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    recipe = json.loads((tmp_path / "q/intactkv.json").read_text())
+    assert recipe["method"] == "GPTQ"
+    assert recipe["calibration"]["windows"] >= 1
+    assert recipe["group_size"] is None
+    assert IntactKV.load(tmp_path / "q/prefix.intactkv.safetensors").ids.tolist() == recipe["prefix"]
+    assert len(recipe["prefix"]) >= 2
+
+
+def test_quantize_without_llm_compressor_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if name == "llmcompressor" else found(name, *a)
+    )
+    done = intactkv("quantize", MODEL, "-o", tmp_path / "q")
+    assert done.returncode == 1
+    assert "pip install 'intactkv[quantize]'" in " ".join(done.stderr.split())
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["rtn", "gptq", "awq", "autoround", "smoothquant", "rotated"])
+def test_a_method_by_name_has_the_settings_given(name: str) -> None:
+    method = chosen(name, bits=3, group_size=64, activation_bits=8)
+    assert type(method).__name__.lower() == name
+    assert (method.levels.bits, method.levels.group_size, method.levels.activation_bits) == (3, 64, 8)
+    assert method.levels.symmetric == (name != "awq")
+    assert chosen(name, bits=4, group_size=0).levels.group_size is None
+    if method.levels is not method:
+        assert type(chosen(name, bits=3, group_size=64, rounding="gptq").levels).__name__ == "GPTQ"
 
 
 def test_check_tells_the_basis_and_writes_the_aligned_kv(demo: tuple[Path, str], tmp_path: Path) -> None:

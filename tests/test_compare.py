@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from intactkv.attach import attach, is_attached
-from intactkv.capture import capture
+from intactkv.attachment import attach, is_attached
+from intactkv.capturing import capture
 from intactkv.evaluate import Arm, Windows, evaluate, paper_windows, prefixed_windows, three_arms
 from intactkv.kv import IntactKV, IntactKVError
 

@@ -39,9 +39,13 @@ def noise(dtype: torch.dtype, *shape: int, seed: int) -> Tensor:
     return torch.randint(256, (*shape, size), dtype=torch.uint8, generator=generator).view(dtype).squeeze(-1)
 
 
+def finite(tensor: Tensor) -> Tensor:
+    return torch.where(tensor.double().isfinite(), tensor, torch.ones_like(tensor))
+
+
 def toy(dtype: torch.dtype = torch.float32, **more: Any) -> IntactKV:
     """Three tokens; layers 0, 2 and 10 of a model with others in between; K and V of different heads and width."""
-    layers = {i: (noise(dtype, 2, 3, 4, seed=i), noise(dtype, 1, 3, 6, seed=i + 1)) for i in (0, 2, 10)}
+    layers = {i: (finite(noise(dtype, 2, 3, 4, seed=i)), finite(noise(dtype, 1, 3, 6, seed=i + 1))) for i in (0, 2, 10)}
     fields = {
         "ids": torch.tensor([1, 5, 7]),
         "layers": layers,
@@ -693,3 +697,27 @@ def test_a_cache_for_another_number_of_rows_is_refused(small: Any) -> None:
     full, kv = small
     with pytest.raises(IntactKVError, match="made for 2 rows and is used with 3; make it with"):
         full(prompts()[:, len(PREFIX) :], past_key_values=kv.cache(full, 2))
+
+
+@pytest.mark.parametrize("name", ["model_type", "vocab_size", "num_hidden_layers", "num_key_value_heads", "head_dim"])
+def test_a_fingerprint_without_type_or_sizes_fits_no_model(name: str) -> None:
+    model = build(by_name("llama-gqa"))
+    kv = capture(model, PREFIX)
+    check_fingerprint(kv, model.config)
+    lacking = dataclasses.replace(
+        kv, fingerprint={field: value for field, value in kv.fingerprint.items() if field != name}
+    )
+    with pytest.raises(IntactKVError, match=f"does not say its model's {name}, .*; capture it again"):
+        check_fingerprint(lacking, model.config)
+    with pytest.raises(IntactKVError, match="does not say its model's model_type"):
+        check_fingerprint(dataclasses.replace(kv, fingerprint={}), model.config)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("part", [0, 1])
+def test_a_file_with_nan_or_infinity_is_refused(part: int, value: float, tmp_path: Path) -> None:
+    kv = capture(build(by_name("llama-gqa")), PREFIX)
+    kv.layers[1][part][0, 1, 3] = value
+    kv.save(tmp_path / "kv")
+    with pytest.raises(IntactKVError, match=f"the {('keys', 'values')[part]} of layer 1 hold NaN or infinity"):
+        IntactKV.load(tmp_path / "kv")

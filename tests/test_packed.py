@@ -254,7 +254,8 @@ def test_the_compiled_step_equals_the_plain_one(model: PreTrainedModel) -> None:
         block = Packed(pack(codes, bits), scale, low, bits)
         state = nothing(query, 16)
         for plain, fast in zip(
-            attend(query, block, block, None, state, None), compiled_step()(query, block, block, None, state, None),
+            attend(query, block, block, None, state, None),
+            compiled_step()(query, block, block, None, state, None),
             strict=True,
         ):
             assert torch.allclose(plain, fast, atol=1e-5)

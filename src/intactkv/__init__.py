@@ -1,10 +1,33 @@
-"""IntactKV: quantized language models that keep their full-precision memory of the tokens that matter most."""
+"""IntactKV: quantized language models that keep their full-precision memory of the tokens that matter most.
 
-from intactkv.attach import Attachment, attach
-from intactkv.capture import capture
-from intactkv.kv import IntactKV, IntactKVError
-from intactkv.packed import PackedCache, Packing, read_packed
-from intactkv.prefix import bos, chat_prefix, text_prefix
+Names are looked up when first asked for: importing torch and transformers takes seconds, which `intactkv --help` need
+not wait for. No name here may be a module's too, or importing that module would put it in the name's place.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from intactkv.attachment import Attachment, attach
+    from intactkv.capturing import capture
+    from intactkv.error import IntactKVError
+    from intactkv.kv import IntactKV
+    from intactkv.packed import PackedCache, Packing, read_packed
+    from intactkv.prefix import bos, chat_prefix, text_prefix
+
+_HOME = {
+    "Attachment": "attachment",
+    "IntactKV": "kv",
+    "IntactKVError": "error",
+    "PackedCache": "packed.cache",
+    "Packing": "packed.cache",
+    "attach": "attachment",
+    "bos": "prefix",
+    "capture": "capturing",
+    "chat_prefix": "prefix",
+    "read_packed": "packed.reads",
+    "text_prefix": "prefix",
+}
 
 __all__ = [
     "Attachment",
@@ -19,3 +42,13 @@ __all__ = [
     "read_packed",
     "text_prefix",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'intactkv' has no attribute {name!r}")
+    return getattr(import_module(f"intactkv.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

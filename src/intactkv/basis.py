@@ -13,6 +13,7 @@ backend and architecture, fused projections, biases, MLA and online rotations of
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -205,25 +206,45 @@ def nearest_rotation(a: Float[Tensor, "token dim"], b: Float[Tensor, "token dim"
 def residual_rotation(full: PreTrainedModel, model: PreTrainedModel) -> Float[Tensor, "hidden hidden"] | None:
     """The rotation of the residual stream between two models, read off their input embeddings; None if there is none.
 
-    Raises `IntactKVError` where the embeddings are neither the same nor rotated: another model, or another fine-tune.
+    Raises `IntactKVError` where the embeddings are neither the same nor rotated: another model. Warns where they are
+    nearly so, by more than another dtype explains: another fine-tune of the same base, or rounded embeddings.
     """
-    tables: Any = [m.get_input_embeddings() for m in (full, model)]
-    a, b = (table.weight.detach() for table in tables)
+    a, b = _embeddings(full), _embeddings(model)
     if a.shape != b.shape:
         raise IntactKVError(
             f"the models' embeddings have shapes {tuple(a.shape)} and {tuple(b.shape)}; give the model it was "
             "quantized from"
         )
-    rows = min(len(a), 4 * a.shape[1])  # enough for a fit, and no more
-    a, b = a[:rows].double().cpu(), b[:rows].double().cpu()
-    energy, same = b.square().sum(), (b - a).square().sum()
-    if same <= MIXED * energy:
-        return None
-    rotation = nearest_rotation(a, b)
-    left = float((b - a @ rotation).square().sum() / energy)
+    left, rotation = _changed(a, b), None
+    if left > MIXED:
+        rotation = nearest_rotation(a, b)
+        left = _changed(a @ rotation, b)
     if left > MIXED:
         raise IntactKVError(
             f"the models' embeddings are neither equal nor rotated forms of each other ({100 * left:.0f} % "
             "unexplained); give the model it was quantized from, not another fine-tune"
         )
+    if left > FLOOR:
+        warnings.warn(
+            f"{100 * left:.1g} % of the energy of the models' embeddings differ, more than another dtype explains: "
+            "either they are quantized (GGUF does so), or this is another fine-tune of the same base, for which the "
+            "full model's intact KV may do harm; make sure that the full model is the one it was quantized from",
+            stacklevel=3,
+        )
     return rotation
+
+
+def embedding_change(full: PreTrainedModel, model: PreTrainedModel) -> float:
+    """The share of energy by which the input embeddings of `model` differ from those of `full`."""
+    return _changed(_embeddings(full), _embeddings(model))
+
+
+def _embeddings(model: PreTrainedModel) -> Float[Tensor, "vocab hidden"]:
+    """The first rows of the input embeddings: enough for a fit, and no more."""
+    table: Any = model.get_input_embeddings()
+    weight = table.weight.detach()
+    return weight[: 4 * weight.shape[1]].double().cpu()
+
+
+def _changed(a: Tensor, b: Tensor) -> float:
+    return float((b - a).square().sum() / a.square().sum())

@@ -10,7 +10,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from intactkv.attach import attach
+from intactkv.attachment import attach
 from intactkv.kv import IntactKV
 
 

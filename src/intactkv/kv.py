@@ -25,6 +25,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
+from intactkv.error import IntactKVError
 from intactkv.locate import Progress
 
 FORMAT_VERSION = 1
@@ -50,9 +51,10 @@ _FINGERPRINT_FIELDS = tuple(
     """.split()  # noqa: SIM905
 )
 
-
-class IntactKVError(ValueError):
-    """What was given cannot be done right: the message names the value, the rule and the remedy."""
+_REQUIRED_FIELDS = (
+    "model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "head_dim",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,7 +153,7 @@ class IntactKV:
         """Read an artifact and check it whole: version, digest, names, shapes and types.
 
         Raises `IntactKVError`, one sentence each, for a missing, truncated, foreign, future, tampered or misshapen
-        file.
+        file, and for one with NaN or infinity.
         """
         path = Path(path)
         if not path.is_file():
@@ -168,6 +170,7 @@ class IntactKV:
                 f"{path} was changed after it was written (its digest does not match its content); capture it again"
             )
         kv = _from_tensors(tensors, header, path)
+        check_finite(kv.layers, f"{path} is of no use; capture it again")
         return kv.to(device=device)
 
     def cache(self, model: PreTrainedModel, batch_size: int = 1) -> DynamicCache:
@@ -267,15 +270,30 @@ def _field(config: PreTrainedConfig, path: str) -> Any:
 def check_fingerprint(kv: IntactKV, config: PreTrainedConfig) -> None:
     """Raise `IntactKVError` naming the first field in which the model differs from the one `kv` was captured from.
 
-    Fields that only one of the two has are no difference: transformers adds and moves fields from version to version.
+    Type and sizes must be there. Other fields that only one of the two has are no difference: transformers adds and
+    moves fields from version to version.
     """
     want, have = kv.fingerprint, fingerprint(config)
+    for name in _REQUIRED_FIELDS:
+        if name in have and name not in want:
+            raise IntactKVError(
+                f"this intact KV does not say its model's {name}, so it cannot be told whether it fits the model given "
+                f"({name}={have[name]!r}); capture it again"
+            )
     for name in sorted(want.keys() & have.keys()):
         if not _same(want[name], have[name]):
             raise IntactKVError(
                 f"this intact KV was captured from a model with {name}={want[name]!r}, the model given has "
                 f"{name}={have[name]!r}; capture one from the model's own full-precision form"
             )
+
+
+def check_finite(layers: Mapping[int, tuple[Tensor, Tensor]], remedy: str) -> None:
+    """Raise `IntactKVError` naming the first layer whose keys or values hold NaN or infinity, which would spread."""
+    for i, pair in layers.items():
+        for name, tensor in zip(("keys", "values"), pair, strict=True):
+            if not bool(torch.isfinite(tensor.double()).all()):
+                raise IntactKVError(f"the {name} of layer {i} hold NaN or infinity; {remedy}")
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -23,6 +23,7 @@ class Sites:
     row: Int[Tensor, "site"]
     col: Int[Tensor, "site"]
     index: Int[Tensor, "site"]
+    whole: int = 0  # the sites are exactly the first so many columns of every row; 0: anything else
 
     def __len__(self) -> int:
         return len(self.row)
@@ -31,7 +32,7 @@ class Sites:
         return (
             self
             if device == self.row.device
-            else Sites(self.row.to(device), self.col.to(device), self.index.to(device))
+            else Sites(self.row.to(device), self.col.to(device), self.index.to(device), self.whole)
         )
 
 

@@ -119,6 +119,8 @@ class Substitution:
             )
         self.seen.add(layer)
         intact_key, intact_value = self.intact.like(layer, key, value)
+        if key.data_ptr() == value.data_ptr():  # a layer whose values are its keys: written in turns
+            key = key.clone()
         return put(key, intact_key, sites, layer=layer), put(value, intact_value, sites, layer=layer)
 
     def _neutral(self, x: Tensor) -> Tensor:
@@ -149,6 +151,9 @@ class Substitution:
                 f"the model has {output.shape[2]} output tokens, the intact KV was captured with {intact.shape[1]}; "
                 "capture it from the full-precision form of this model"
             )
+        first_kept = self.length - len(kept) if isinstance(self.logits_to_keep, int) else 0
+        if 0 < self.sites.whole <= first_kept:
+            return output  # as in `generate`, which keeps the last position only
         sites = self.sites.to(output.device)
         at = torch.full((self.length,), -1, device=output.device)
         at[kept] = torch.arange(len(kept), device=output.device)
@@ -174,12 +179,18 @@ class PassThrough(DynamicCache):
 def put(
     x: Float[Tensor, "batch head token dim"], intact: Float[Tensor, "prefix head dim"], sites: Sites, *, layer: int
 ) -> Float[Tensor, "batch head token dim"]:
-    """`x` with `intact` at `sites`; differentiable in both. `layer` is named if the shapes do not fit."""
+    """`x` with `intact` at `sites`, differentiable in both; in place where that is one plain slice and nothing learns.
+
+    `layer` is named if the shapes do not fit.
+    """
     if (x.shape[1], x.shape[3]) != intact.shape[1:]:
         raise IntactKVError(
             f"layer {layer} has (head, dim) {(x.shape[1], x.shape[3])} in this call, the intact KV has "
             f"{tuple(intact.shape[1:])}; tensor-parallel models are not supported, otherwise capture it again"
         )
+    if sites.whole and not torch.is_grad_enabled() and 0 not in x.stride():  # 0: heads or rows that share memory
+        x[:, :, : sites.whole] = intact[: sites.whole].transpose(0, 1)
+        return x
     sites = sites.to(x.device)
     # a copy in the layout of `x`, written through a transposed view: attention over a transposed copy is slower
     out = x.clone()

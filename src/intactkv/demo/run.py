@@ -16,7 +16,7 @@ from rich.progress import Progress
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from intactkv.capture import capture
+from intactkv.capturing import capture
 from intactkv.demo import MODEL, TEXT
 from intactkv.evaluate import Arm, Evaluation, evaluate, prefixed_windows
 from intactkv.evaluate.plot import plot_kl_by_position

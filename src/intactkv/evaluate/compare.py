@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from intactkv.attach import attach, is_attached
+from intactkv.attachment import attach, is_attached
 from intactkv.evaluate.metrics import (
     Interval,
     TokenMetrics,

@@ -39,7 +39,9 @@ def packed_bytes(dim: int, bits: int) -> int:
         raise IntactKVError(f"bits={bits} is not supported; use one of {BITS}")
     whole = {2: 4, 3: 8, 4: 2, 8: 1}[bits]
     if dim % whole:
-        raise IntactKVError(f"a head of {dim} numbers cannot be packed at {bits} bits, which takes multiples of {whole}")
+        raise IntactKVError(
+            f"a head of {dim} numbers cannot be packed at {bits} bits, which takes multiples of {whole}"
+        )
     return dim * bits // 8
 
 
@@ -71,9 +73,7 @@ def _planes(packed: Tensor, bits: int) -> list[Tensor]:
     if bits == 3:
         wide = packed.shape[-1] // 3
         low, high = packed[..., : 2 * wide], packed[..., 2 * wide :]
-        return [
-            ((low[..., i % 2 * wide :][..., :wide] >> (i // 2 * 2)) & 3) | ((high >> i & 1) << 2) for i in range(8)
-        ]
+        return [((low[..., i % 2 * wide :][..., :wide] >> (i // 2 * 2)) & 3) | ((high >> i & 1) << 2) for i in range(8)]
     return [packed] if bits == 8 else [(packed >> shift) & (2**bits - 1) for shift in range(0, 8, bits)]
 
 

@@ -152,7 +152,9 @@ class PackedLayer(CacheLayerMixin):
         if self.rows.start is None:
             return None
         start, kept = self.rows.kept(column + count, self.device)
-        return torch.arange(column, column + count, device=self.device) < torch.where(kept > 0, start + kept, 0)[:, None]
+        return (
+            torch.arange(column, column + count, device=self.device) < torch.where(kept > 0, start + kept, 0)[:, None]
+        )
 
     def _rotated(self, x: Tensor) -> Tensor:
         if not self.packing.hadamard:

@@ -24,6 +24,7 @@ from intactkv.packed.store import Packed
 
 ROWS = 16  # the least that a matrix product takes
 BLOCK = 64  # tokens
+WARPS, STAGES = 4, 3
 WAVES = 4  # programs for each multiprocessor, so that loads of one hide behind the work of others
 
 
@@ -63,7 +64,7 @@ def packed_attention_gpu(
         ROWS=max(ROWS, triton.next_power_of_2(rows)), BEGIN=begin is not None,
         MASK=0 if seen is None else 1 if seen.dtype == torch.bool else 2, CAP=softcap is not None,
         EXACT=exact, ASM=query.is_cuda and torch.version.cuda is not None,
-        num_warps=4, num_stages=3,
+        num_warps=WARPS, num_stages=STAGES,
     )  # fmt: skip
     out = Partial(*(query.new_empty((batch, head, rows, n), dtype=torch.float32) for n in (value.dim, 1, 1)))
     _merge[(rows, batch * head)](

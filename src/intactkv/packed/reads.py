@@ -99,7 +99,9 @@ def compiled_forward(
 
 
 @torch.compiler.disable
-def _forward(step: Any, module: nn.Module, states: Any, mask: Tensor | None, more: dict[str, Any]) -> tuple[Tensor, None]:
+def _forward(
+    step: Any, module: nn.Module, states: Any, mask: Tensor | None, more: dict[str, Any]
+) -> tuple[Tensor, None]:
     query, key, value = states
     softcap, sinks = more.pop("softcap", None), more.pop("s_aux", None)
     scaling = more.get("scaling")

@@ -32,7 +32,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from intactkv.capture import capture
+from intactkv.capturing import capture
 from intactkv.evaluate.windows import prefixed_windows
 from intactkv.kv import IntactKVError, weights_digest
 from intactkv.load import load_with_losses
@@ -78,7 +78,7 @@ def quantize(
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise IntactKVError(f"{out} exists and is not empty; remove it or choose another folder")
     if importlib.util.find_spec("llmcompressor") is None:
-        raise IntactKVError("quantizing needs llm-compressor: pip install 'intactkv[demo]'")
+        raise IntactKVError("quantizing needs llm-compressor: pip install 'intactkv[quantize]'")
     if method.needs_calibration and calibration is None:
         name = type(method).__name__
         raise IntactKVError(f"{name} learns from text and calibration is None; give token windows, or use RTN")

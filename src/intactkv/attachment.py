@@ -145,11 +145,7 @@ class Attachment:
         progress = getattr(cache, "intactkv", None)
         if progress is not None and progress.plain:
             ids = args[0] if args else kwargs.get("input_ids")
-            if (
-                ids is not None
-                and ids.shape[1] == 1
-                and (progress.done if torch.compiler.is_compiling() else cache.get_seq_length() >= progress.until)
-            ):
+            if ids is not None and ids.shape[1] == 1 and _past_prefix(cache, progress):
                 return None
         return self._begin(model, args, kwargs)
 
@@ -212,6 +208,8 @@ class Attachment:
         ids = _ids(arguments, past, progress)
         length, prefix = ids.shape[1], self.kv.ids.to(ids.device)
         mask, given = as_tensor(arguments.get("attention_mask")), arguments.get("position_ids")
+        if past == 0 and _unpadded(mask, given, ids):
+            return self._plan_unpadded(ids, prefix, progress)
         real, positions = real_tokens(mask, ids, past), token_positions(mask, given, ids, past)
         if given is None and not self._takes_positions and mask is not None and mask.ndim == 4:
             positions = visible(mask[:, 0]).sum(-1).to(ids.device).expand_as(ids) - 1  # ALiBi: all that it sees
@@ -252,6 +250,18 @@ class Attachment:
         progress.done = past + length >= progress.until
         padded = padded and bool((progress.matched > 0).any())
         return plan(Sites(row, col, positions[row, col]), bool(restarts.any()))
+
+    def _plan_unpadded(self, ids: Tensor, prefix: Tensor, progress: Progress) -> _Plan:
+        """`_plan` for an empty cache and rows without padding, where columns are positions: the common case, quick."""
+        inside = (ids[:, : len(prefix)] == prefix[: ids.shape[1]]).cumprod(1)
+        row, col = inside.nonzero(as_tuple=True)
+        if len(row):
+            self._refuse_position(ids.shape[1] - 1)
+        progress.matched, progress.until, progress.padded = inside.sum(1), len(prefix), False
+        progress.done = ids.shape[1] >= len(prefix)
+        self._warn_once(0, len(row))
+        whole = inside.shape[1] if len(row) == inside.numel() else 0
+        return _Plan(Sites(row, col, col, whole), None, False, ids.shape[1])
 
     def _matched(self, cache: Any, past: int, progress: Progress, first: Tensor, positions: Tensor) -> Tensor:
         """How many prefix tokens each row's cache holds: what the cache itself says, where it can be read.
@@ -323,10 +333,14 @@ class Attachment:
                 "position_ids restart inside a row (packed sequences), which transformers keeps apart only without "
                 "cache and mask; pass use_cache=False and no mask, or a 4D mask that separates them"
             )
-        if self._rope_limit is not None and int(positions.max()) >= self._rope_limit:
+        if self._rope_limit is not None:
+            self._refuse_position(int(positions.max()))
+
+    def _refuse_position(self, last: int) -> None:
+        if self._rope_limit is not None and last >= self._rope_limit:
             raise IntactKVError(
-                f"this call reaches position {int(positions.max())}, but the model's RoPE scaling changes all keys of "
-                f"a call from position {self._rope_limit} on; shorten the input"
+                f"this call reaches position {last}, but the model's RoPE scaling changes all keys of a call from "
+                f"position {self._rope_limit} on; shorten the input"
             )
 
     def _warn_once(self, past: int, found: int) -> None:
@@ -369,6 +383,23 @@ class _Plan:
     positions: Tensor | None  # what to supply as position_ids, if anything
     packed: bool
     length: int
+
+
+def _past_prefix(cache: Cache, progress: Progress) -> bool:
+    """Whether no row can meet another prefix token; while a graph is recorded, a static cache cannot be asked."""
+    if torch.compiler.is_compiling():
+        return progress.done
+    length: int | Tensor = cache.get_seq_length()
+    if isinstance(length, Tensor) and length.is_cuda and torch.cuda.is_current_stream_capturing():
+        return progress.done
+    return bool(length >= progress.until)
+
+
+def _unpadded(mask: Tensor | None, given: Tensor | None, ids: Tensor) -> bool:
+    """Whether every token is real and stands at its column's position; masks of other shapes are not looked into."""
+    if mask is not None and (mask.shape != ids.shape or not bool(mask.all())):
+        return False
+    return given is None or (given.ndim == 2 and bool((given == slots(ids, 0)).all()))
 
 
 def _by_name(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

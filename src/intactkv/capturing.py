@@ -12,9 +12,13 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from intactkv.attach import is_attached
-from intactkv.kv import IntactKV, IntactKVError, fingerprint, weights_digest
+from intactkv.attachment import is_attached
+from intactkv.kv import IntactKV, IntactKVError, check_finite, fingerprint, weights_digest
 from intactkv.record import recorded
+
+# By this share a later token may seem to change an earlier one's keys or values: arithmetic in bfloat16, whose order
+# can depend on the batch. Attention that looks ahead changes them by tenths.
+_LEAK = 0.02
 
 
 @torch.no_grad()
@@ -31,8 +35,8 @@ def capture(
     digest. The model is left as it was, training mode included.
 
     Raises `IntactKVError` for ids that are no token ids of the vocabulary, for a path without a causal LM, for
-    encoder-decoders, for a model that has an intact KV attached, and for one that does not route its keys and values
-    through `Cache.update`.
+    encoder-decoders, for a model that has an intact KV attached, for one that does not route its keys and values
+    through `Cache.update`, for bidirectional ones, and where a key or value is NaN or infinite.
     """
     if not isinstance(model, PreTrainedModel):
         model = _loaded(model)
@@ -51,8 +55,28 @@ def capture(
         batch = recorded(model, prefix[None])
     finally:
         handle.remove()
+    _check_causal(model, prefix)
     layers = {i: (key[0].clone(), value[0].clone()) for i, (key, value) in batch.items()}
+    check_finite(layers, "load the full model in float32 or bfloat16 and check its weights")
     return IntactKV(prefix, layers, raw[0], fingerprint(model.config), _provenance(model, tokenizer))
+
+
+def _check_causal(model: PreTrainedModel, prefix: Tensor) -> None:
+    """Refuse a model in which a later token changes an earlier one's keys and values: these could not be kept.
+
+    One forward of four tokens: the first prefix token twice, followed by two different ones.
+    """
+    vocab = model.config.get_text_config(decoder=True).vocab_size
+    first = int(prefix[0])
+    for layer, pair in recorded(model, torch.tensor([[first, vocab // 2], [first, vocab - 1]])).items():
+        for name, tensor in zip(("keys", "values"), pair, strict=True):
+            one, other = tensor[:, :, 0].double()
+            off = float((one - other).norm() / one.norm().clamp(min=1e-30))
+            if off > _LEAK:
+                raise IntactKVError(
+                    f"{type(model).__name__} is bidirectional: a later token changes the first one's {name} in layer "
+                    f"{layer} by {100 * off:.0f} %; load it as a causal decoder (is_decoder=True) or use another model"
+                )
 
 
 def _loaded(path: str | os.PathLike[str]) -> PreTrainedModel:
