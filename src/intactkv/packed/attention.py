@@ -65,7 +65,12 @@ def packed_attention(
 
 
 def attend(
-    query: Tensor, key: Packed | Tensor, value: Packed | Tensor, seen: Tensor | None, state: Partial, softcap: float | None
+    query: Tensor,
+    key: Packed | Tensor,
+    value: Packed | Tensor,
+    seen: Tensor | None,
+    state: Partial,
+    softcap: float | None,
 ) -> Partial:
     """`state` with one more block of tokens, packed or dense; in the query's dtype."""
     key = key.dense(query.dtype) if isinstance(key, Packed) else key.to(query.dtype)

@@ -12,7 +12,8 @@ byte holds codes that stand far apart, so that unpacking is a few shifts of whol
 Rounding is asymmetric and dynamic: a group of numbers from `low` to `high` becomes codes 0 … 2^bits - 1 with
 x ≈ code * scale + low. `scale` and `low` are stored in half precision, and codes are computed from the stored ones, `low`
 rounded down and `scale` up, so that |x - (code * scale + low)| ≤ scale / 2 holds for what is stored. A group with a NaN
-or an infinity, or beyond half precision's ±65504, reads back as NaN as a whole: never as a plausible number.
+or an infinity, or whose `scale` or `low` is beyond half precision's ±65504, reads back as NaN or infinite as a whole: never
+as a plausible number.
 
 Source: the paper's KV quantization (arXiv 2403.01241, asymmetric, per token and head) and KIVI (arXiv 2402.02750, keys per
 channel). Both use an integer zero point; `low` as it is costs the same bytes and rounds less.
@@ -39,7 +40,9 @@ def packed_bytes(dim: int, bits: int) -> int:
         raise IntactKVError(f"bits={bits} is not supported; use one of {BITS}")
     whole = {2: 4, 3: 8, 4: 2, 8: 1}[bits]
     if dim % whole:
-        raise IntactKVError(f"a head of {dim} numbers cannot be packed at {bits} bits, which takes multiples of {whole}")
+        raise IntactKVError(
+            f"a head of {dim} numbers cannot be packed at {bits} bits, which takes multiples of {whole}"
+        )
     return dim * bits // 8
 
 
@@ -71,9 +74,7 @@ def _planes(packed: Tensor, bits: int) -> list[Tensor]:
     if bits == 3:
         wide = packed.shape[-1] // 3
         low, high = packed[..., : 2 * wide], packed[..., 2 * wide :]
-        return [
-            ((low[..., i % 2 * wide :][..., :wide] >> (i // 2 * 2)) & 3) | ((high >> i & 1) << 2) for i in range(8)
-        ]
+        return [((low[..., i % 2 * wide :][..., :wide] >> (i // 2 * 2)) & 3) | ((high >> i & 1) << 2) for i in range(8)]
     return [packed] if bits == 8 else [(packed >> shift) & (2**bits - 1) for shift in range(0, 8, bits)]
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
@@ -98,7 +98,7 @@ class PackedLayer(CacheLayerMixin):
         before = self.runs.copy(), self.length - self.tail[0].shape[2]
         tail = [torch.cat([old, new], 2) for old, new in zip(self.tail, states, strict=True)]
         self.length += key_states.shape[2]
-        self.tail = tail
+        self.tail = list(tail)
         self._flush()
         if self.packing.own == "full":
             if not before[0]:
@@ -147,12 +147,24 @@ class PackedLayer(CacheLayerMixin):
         else:
             self.runs.append(Run(slot, column, due))
 
+    def first_keys(self, column: Int[Tensor, "batch token"]) -> Float[Tensor, "batch token head dim"]:
+        """The keys at these columns that are kept in full precision, NaN where others or none stand."""
+        batch, head, width, dim = self.kept[0].shape
+        if not width:
+            return self.kept[0].new_full((*column.shape, head, dim), torch.nan)
+        start, count = self.rows.kept(self.length, self.device)
+        index = column.to(self.device) - start[:, None]
+        keys = self.kept[0].transpose(1, 2)[torch.arange(batch, device=self.device)[:, None], index.clamp(0, width - 1)]
+        return keys.masked_fill(((index < 0) | (index >= count[:, None]))[:, :, None, None], torch.nan)
+
     def _hidden(self, column: int, count: int) -> Tensor | None:
         """Which of `count` columns must not enter a shared scale: padding before a row's start, and kept tokens."""
         if self.rows.start is None:
             return None
         start, kept = self.rows.kept(column + count, self.device)
-        return torch.arange(column, column + count, device=self.device) < torch.where(kept > 0, start + kept, 0)[:, None]
+        return (
+            torch.arange(column, column + count, device=self.device) < torch.where(kept > 0, start + kept, 0)[:, None]
+        )
 
     def _rotated(self, x: Tensor) -> Tensor:
         if not self.packing.hadamard:

@@ -99,7 +99,9 @@ def compiled_forward(
 
 
 @torch.compiler.disable
-def _forward(step: Any, module: nn.Module, states: Any, mask: Tensor | None, more: dict[str, Any]) -> tuple[Tensor, None]:
+def _forward(
+    step: Any, module: nn.Module, states: Any, mask: Tensor | None, more: dict[str, Any]
+) -> tuple[Tensor, None]:
     query, key, value = states
     softcap, sinks = more.pop("softcap", None), more.pop("s_aux", None)
     scaling = more.get("scaling")
@@ -154,7 +156,9 @@ def _full_part(rows: Tensor, stored: Stored, mask: Tensor | None, softcap: float
     """Attention over the kept and the newest tokens, all in full precision."""
     key, value = stored.tail
     seen = None if mask is None else mask[..., stored.tail_column :]
-    state = attend(rows, key, value, seen, nothing(rows, value.shape[-1]), softcap)
+    state = nothing(rows, value.shape[-1])
+    if key.shape[2]:
+        state = attend(rows, key, value, seen, state, softcap)
     if stored.kept is None or stored.start is None or stored.count is None:
         return state
     index = torch.arange(stored.kept[0].shape[2], device=rows.device)

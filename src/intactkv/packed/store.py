@@ -118,7 +118,10 @@ class Store:
     def view(self, run: Run) -> Packed:
         """The packed tokens of `run`, not copied."""
         per = self.token_group or 1
-        slots, groups = slice(run.slot, run.slot + run.length), slice(run.slot // per, -(-(run.slot + run.length) // per))
+        slots, groups = (
+            slice(run.slot, run.slot + run.length),
+            slice(run.slot // per, -(-(run.slot + run.length) // per)),
+        )
         scales = self.scale[:, :, groups], self.low[:, :, groups]
         return Packed(self.codes[:, :, slots], *scales, bits=self.bits, token_group=self.token_group)
 
