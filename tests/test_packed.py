@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -71,7 +72,7 @@ def stepwise(model: PreTrainedModel, ids: Tensor, cache: Any, mask: Tensor | Non
     """Logits of every token: a prompt of `chunk` tokens, then one by one, then three at a time."""
     edges = [0, chunk, *range(chunk + 1, chunk + 8), *range(chunk + 10, ids.shape[1], 3), ids.shape[1]]
     out = []
-    for a, b in zip(edges, edges[1:], strict=False):
+    for a, b in pairwise(edges):
         more: dict[str, Any] = {}
         if mask is not None:
             more["attention_mask"] = mask[:, :b]

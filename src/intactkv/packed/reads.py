@@ -45,7 +45,8 @@ class PackedReads:
         for each, function in ((NAME, forward), (COMPILED, compiled_forward)):
             AttentionInterface.register(each, function)
             AttentionMaskInterface.register(each, sdpa_mask)
-        self._model, self._before = model, model.config._attn_implementation
+        self._model: PreTrainedModel | None = model
+        self._before = model.config._attn_implementation
         self._signature = inspect.signature(model.forward)
         model.set_attn_implementation(name)
         self._hook = model.register_forward_pre_hook(self._tell, with_kwargs=True)
@@ -172,7 +173,7 @@ def _full_part(rows: Tensor, stored: Stored, mask: Tensor | None, softcap: float
 
 def _by_rows(mask: Tensor | None, stored: Stored, query: Tensor, kv_heads: int) -> Tensor | None:
     """The mask `(batch, 1 or kv_head, 1 or row, column)` for queries whose heads are folded into rows."""
-    batch, heads, tokens, _ = query.shape
+    heads, tokens = query.shape[1:3]
     columns = stored.tail_column + stored.tail[0].shape[2]
     if mask is None:
         if tokens == 1:
