@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from models import ARCHITECTURES, PREFIX, VOCAB, build, by_name, padded, prompts, rounded
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from intactkv import IntactKVError, PackedCache, Packing, attach, capture, read_packed
-from intactkv.packed.attention import compiled_step, nothing
+from intactkv.packed.attention import attend, compiled_step, nothing
 from intactkv.packed.bits import pack, quantize
 from intactkv.packed.cache import PackedLayer, expected_bytes
 from intactkv.packed.lazy import LazyStates
+from intactkv.packed.reads import forward
 from intactkv.packed.store import Packed
 
 SETTINGS = {
@@ -34,7 +40,7 @@ each_setting = pytest.mark.parametrize("packing", SETTINGS.values(), ids=list(SE
 
 @pytest.fixture(scope="module")
 def model() -> PreTrainedModel:
-    return build(by_name("llama-gqa"))
+    return build(by_name("llama-gqa"), dtype=torch.float64)  # in float32, noise can tip a number over a rounding's edge
 
 
 class DenseCache(DynamicCache):
@@ -66,7 +72,7 @@ def stepwise(model: PreTrainedModel, ids: Tensor, cache: Any, mask: Tensor | Non
     """Logits of every token: a prompt of `chunk` tokens, then one by one, then three at a time."""
     edges = [0, chunk, *range(chunk + 1, chunk + 8), *range(chunk + 10, ids.shape[1], 3), ids.shape[1]]
     out = []
-    for a, b in zip(edges, edges[1:], strict=False):
+    for a, b in pairwise(edges):
         more: dict[str, Any] = {}
         if mask is not None:
             more["attention_mask"] = mask[:, :b]
@@ -85,7 +91,7 @@ def test_block_reads_equal_dense_reads(model: PreTrainedModel, packing: Packing,
     with read_packed(model):
         fast = stepwise(model, ids, cache, mask)
     real = mask.bool()
-    assert torch.allclose(fast[real], dense[real], atol=1e-5)
+    assert torch.allclose(fast[real], dense[real], atol=1e-9)
 
 
 @each_setting
@@ -101,7 +107,7 @@ def test_a_left_padded_batch_equals_its_rows_alone(model: PreTrainedModel, packi
         for i, row in enumerate(rows):
             pad = 24 - len(row)
             alone = stepwise(model, ids[i : i + 1], told(model, packing, mask[i : i + 1]), mask[i : i + 1], chunk=12)
-            assert torch.allclose(together[i, pad:], alone[0, pad:], atol=1e-5)
+            assert torch.allclose(together[i, pad:], alone[0, pad:], atol=1e-9)
 
 
 def test_reading_rounded_is_rounding_by_hand_in_any_chunks(model: PreTrainedModel) -> None:
@@ -112,7 +118,7 @@ def test_reading_rounded_is_rounding_by_hand_in_any_chunks(model: PreTrainedMode
     for chunk in (1, 7, 12):
         with read_packed(model):
             got = stepwise(model, ids, PackedCache(model.config, Packing(bits=3, keep=2, own="rounded")), chunk=chunk)
-        assert torch.allclose(got, expected, atol=2e-5)
+        assert torch.allclose(got, expected, atol=1e-9)
 
 
 class HandRounded(DynamicCache):
@@ -127,7 +133,7 @@ class HandRounded(DynamicCache):
 
         def fake(x: Tensor) -> Tensor:
             codes, scale, low = quantize(x[:, :, kept:], bits=self.bits)
-            return torch.cat([x[:, :, :kept], codes.float() * scale.float() + low.float()], 2)
+            return torch.cat([x[:, :, :kept], codes.double() * scale.double() + low.double()], 2)
 
         return super().update(fake(key_states), fake(value_states), layer_idx)
 
@@ -148,6 +154,8 @@ def test_every_architecture_generates_the_same_with_block_reads_and_dense(archit
         "attention_mask": mask, "max_new_tokens": 8, "do_sample": False, "return_dict_in_generate": True,
         "output_logits": True,
     }  # fmt: skip
+    if architecture.name == "gemma2":
+        model.set_attn_implementation("eager")  # transformers' SDPA leaves out the soft cap on scores; ours does not
     before = model.config._attn_implementation
     dense = model.generate(ids, past_key_values=told(model, packing, mask), **options)
     with read_packed(model):
@@ -201,6 +209,28 @@ def test_an_attached_artifact_stays_intact_in_the_packed_cache(side: str, packin
                 assert torch.equal(read[r, :, at : at + m], intact[:, :m])
 
 
+@pytest.mark.parametrize("packing", SETTINGS.values(), ids=list(SETTINGS))
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_one_read_in_float32_equals_dense_attention_to_1e_5(packing: Packing, tokens: int) -> None:
+    """4 query heads a key head, a left-padded row, two runs (a crop inside a group), random data of width 32."""
+    g = torch.Generator().manual_seed(0)
+    cache = PackedCache(build(by_name("llama-gqa")).config, packing)
+    real = torch.ones(2, 300, dtype=torch.bool)
+    real[1, :37] = False
+    cache.rows.tell(real, 0)
+    cache.update(*torch.randn(2, 2, 2, 300, 32, generator=g), 0)
+    cache.layers[0].crop(-51)
+    key, value = cache.update(*torch.randn(2, 2, 2, tokens, 32, generator=g), 0)
+    columns = torch.arange(249 + tokens)
+    mask = (columns <= 249 + torch.arange(tokens)[:, None]) & (columns >= torch.tensor([0, 37])[:, None, None])
+    query = torch.randn(2, 8, tokens, 32, generator=g)
+    module = torch.nn.Module()
+    module.num_key_value_groups = 4  # type: ignore[assignment]
+    fast = forward(module, query, key, value, mask[:, None], scaling=0.3)[0]
+    dense = sdpa_attention_forward(module, query, key + 0, value + 0, mask[:, None], scaling=0.3)[0]
+    assert torch.allclose(fast, dense, atol=1e-5)
+
+
 def test_attached_generation_equals_a_cache_filled_by_hand() -> None:
     full = build(by_name("llama-gqa"))
     model = rounded(full)
@@ -245,10 +275,9 @@ def test_reset_gives_an_empty_cache(model: PreTrainedModel) -> None:
         assert torch.equal(stepwise(model, prompts(2), cache), first)
 
 
+@pytest.mark.slow
 def test_the_compiled_step_equals_the_plain_one(model: PreTrainedModel) -> None:
     query = torch.randn(1, 2, 4, 16)
-    from intactkv.packed.attention import attend
-
     for bits in (2, 3, 4):
         codes, scale, low = quantize(torch.randn(1, 2, 64, 16), bits=bits)
         block = Packed(pack(codes, bits), scale, low, bits)
@@ -301,5 +330,80 @@ def test_bad_settings_are_refused() -> None:
             Packing(**wrong)  # type: ignore[arg-type]
 
 
+OPERATIONS = st.lists(
+    st.one_of(
+        st.tuples(st.just("update"), st.integers(1, 9)),
+        st.tuples(st.just("crop"), st.integers(1, 12)),
+        st.tuples(st.just("reorder"), st.integers(0, 2**16)),
+        st.tuples(st.just("repeat"), st.just(2)),
+        st.tuples(st.just("select"), st.integers(0, 2**16)),
+        st.tuples(st.just("offload"), st.just(0)),
+    ),
+    max_size=14,
+)
+
+
+@settings(max_examples=120, deadline=None)
+@given(st.sampled_from(sorted(SETTINGS)), OPERATIONS, st.integers(0, 2**16))
+def test_kept_tokens_are_bit_identical_and_others_rounded_once_after_any_sequence(
+    name: str, operations: list[tuple[str, int]], seed: int
+) -> None:
+    """A plain tensor of what was given goes through the same operations beside the cache."""
+    packing, g = SETTINGS[name], torch.Generator().manual_seed(seed)
+    cache = PackedCache(TINY.config, packing)
+    pad = torch.tensor([0, 3])
+    cache.rows.tell(torch.arange(12) >= pad[:, None], 0)
+    given_ = torch.zeros(2, 2, 0, 16)
+    read: Tensor | None = None  # what the last look saw
+
+    def update(n: int) -> None:
+        nonlocal given_
+        new = torch.randn(len(given_), 2, n, 16, generator=g)
+        given_ = torch.cat([given_, new], 2)
+        cache.update(new, new, 0)
+
+    def rows(change: Callable[[Tensor], Tensor]) -> None:
+        nonlocal given_, pad, read
+        given_, pad = change(given_), change(pad)
+        read = None if read is None else change(read)
+
+    update(12)
+    for operation, number in operations:
+        layer, batch = cache.layers[0], len(given_)
+        pick = torch.randint(0, batch, (batch,), generator=torch.Generator().manual_seed(number))
+        if operation == "update":
+            update(number)
+        elif operation == "crop":
+            number = min(number, given_.shape[2])
+            cache.crop(-number)
+            given_ = given_[:, :, : given_.shape[2] - number]
+            read = None if read is None else read[:, :, : given_.shape[2]]
+        elif operation == "reorder":
+            cache.reorder_cache(pick)
+            rows(lambda x: x[pick])  # noqa: B023 (called at once)
+        elif operation == "repeat" and batch < 8:
+            cache.batch_repeat_interleave(2)
+            rows(lambda x: x.repeat_interleave(2, 0))
+        elif operation == "select":
+            cache.batch_select_indices(pick[:1])
+            rows(lambda x: x[pick[:1]])  # noqa: B023
+        elif operation == "offload":
+            layer.offload()
+            layer.prefetch()
+        tail = layer.length - layer.tail[0].shape[2]
+        assert cache.get_seq_length() == given_.shape[2]
+        now = layer._stored(layer.runs, tail, layer.tail).dense(1)
+        for r, first in enumerate(pad.tolist()):
+            assert torch.equal(now[r, :, first : first + packing.keep], given_[r, :, first : first + packing.keep])
+        assert torch.equal(now[:, :, tail:], given_[:, :, tail:])
+        if read is not None:  # what was packed then is, bit for bit, what is read now; the rest was rounded since
+            same = read[:, :, : now.shape[2]] == now[:, :, : read.shape[2]]
+            assert bool((same | (read == given_[:, :, : read.shape[2]])[:, :, : same.shape[2]]).all())
+        read = now
+
+
 def test_vocabulary_of_prompts() -> None:
     assert int(prompts().max()) < VOCAB
+
+
+TINY = build(by_name("llama-gqa"))

@@ -4,8 +4,8 @@
 tokens, packed runs, newest tokens) is exact because each part returns its own peak and total with it:
 out = Σ_i e^(peak_i - peak) acc_i / Σ_i e^(peak_i - peak) total_i (Dao et al., Flash-Decoding, 2023).
 
-What this gives up: rows of queries are few (a decoding step, a few guesses to verify); for a long prompt's chunk a dense
-copy of one layer and the library's own kernel is faster.
+What this gives up: rows of queries are few (a decoding step, a few guesses to verify); for a long prompt's chunk a
+dense copy of one layer and the library's own kernel is faster.
 """
 
 from __future__ import annotations
@@ -45,16 +45,16 @@ def packed_attention(
 ) -> Partial:
     """Attention of a few queries over one run of packed tokens; transient memory is one dense block of K and of V.
 
-    `query` is already scaled (and rotated, where keys are), float32 or float64, with the query heads of one key head and
-    their tokens together as rows: row = (head within the group) * tokens + token. Packed token t of batch row b is seen
-    where t >= begin[b] (None: everywhere) and where `mask`, broadcastable to `(batch, kv_head, row, token)`, is True or,
-    additive, is added. `softcap` bounds scores by softcap * tanh(score / softcap). `step` is the function for one block.
+    `query` is already scaled (and rotated, where keys are), float32 or float64, with the query heads of one key head
+    and their tokens together as rows: row = (head within the group) * tokens + token. Packed token t of batch row b is
+    seen where t >= begin[b] (None: everywhere) and where `mask`, broadcastable to `(batch, kv_head, row, token)`, is
+    True or, additive, is added. `softcap` bounds scores by softcap * tanh(score / softcap). `step` is the function for
+    one block.
     """
     step = step or attend
     block = _block_tokens(key)
-    edges = list(range(0, len(key), block))
     state = nothing(query, value.dim)
-    for first in edges:
+    for first in range(0, len(key), block):
         last = min(first + block, len(key))
         seen = None if mask is None else mask[..., first:last]
         if begin is not None:

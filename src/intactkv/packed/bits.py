@@ -6,16 +6,18 @@ byte holds codes that stand far apart, so that unpacking is a few shifts of whol
 - 8 bits: byte j is code j.
 - 4 bits: byte j holds code j in bits 0-3 and code j + dim/2 in bits 4-7.
 - 2 bits: byte j holds codes j, j + dim/4, j + dim/2, j + 3 dim/4, from the lowest bits to the highest.
-- 3 bits: 8 codes take 3 bytes. First dim/4 bytes with the two low bits of every code, laid out as for 2 bits; then dim/8
-  bytes with the high bits, where byte j holds those of codes j, j + dim/8, …, j + 7 dim/8, from the lowest bit up.
+- 3 bits: 8 codes take 3 bytes. First dim/4 bytes with the two low bits of every code, laid out as for 2 bits; then
+  dim/8 bytes with the high bits, where byte j holds those of codes j, j + dim/8, …, j + 7 dim/8, from the lowest bit
+  up.
 
 Rounding is asymmetric and dynamic: a group of numbers from `low` to `high` becomes codes 0 … 2^bits - 1 with
-x ≈ code * scale + low. `scale` and `low` are stored in half precision, and codes are computed from the stored ones, `low`
-rounded down and `scale` up, so that |x - (code * scale + low)| ≤ scale / 2 holds for what is stored. A group with a NaN
-or an infinity, or beyond half precision's ±65504, reads back as NaN as a whole: never as a plausible number.
+x ≈ code * scale + low. `scale` and `low` are stored in half precision, and codes are computed from the stored ones,
+`low` rounded down and `scale` up, so that |x - (code * scale + low)| ≤ scale / 2 holds for what is stored. A group with
+a NaN or an infinity, or whose `scale` or `low` is beyond half precision's ±65504, reads back as NaN or infinite as a
+whole: never as a plausible number.
 
-Source: the paper's KV quantization (arXiv 2403.01241, asymmetric, per token and head) and KIVI (arXiv 2402.02750, keys per
-channel). Both use an integer zero point; `low` as it is costs the same bytes and rounds less.
+Source: the paper's KV quantization (arXiv 2403.01241, asymmetric, per token and head) and KIVI (arXiv 2402.02750, keys
+per channel). Both use an integer zero point; `low` as it is costs the same bytes and rounds less.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 Every full-attention layer keeps its tokens in three parts: each row's first tokens (asked for by `keep`, or the intact
 ones of an attached artifact) in full precision, outside the packed store and outside every shared scale; the newest
-`residual` and a few more in full precision; all others packed (`store.py` has the layout). A token is rounded once, when
-it leaves the newest ones. Layers with a sliding window or a recurrent state keep transformers' own cache layer.
+`residual` and a few more in full precision; all others packed (`store.py` has the layout). A token is rounded once,
+when it leaves the newest ones. Layers with a sliding window or a recurrent state keep transformers' own cache layer.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
@@ -30,12 +30,12 @@ from intactkv.packed.store import Run, Store
 class Packing:
     """How tokens are rounded and which are not.
 
-    `bits` 2, 3, 4 or 8. `keys` rounds keys with a scale `per_token` (and head), as the paper does, or `per_channel` over
-    `token_group` tokens, as KIVI does; values always have scales per token. `group_size` numbers of a head share a
+    `bits` 2, 3, 4 or 8. `keys` rounds keys with a scale `per_token` (and head), as the paper does, or `per_channel`
+    over `token_group` tokens, as KIVI does; values always have scales per token. `group_size` numbers of a head share a
     per-token scale (None: all). `residual` newest tokens stay in full precision, and up to as many more until they are
-    packed together. `hadamard` rotates heads before rounding. `keep` first tokens of every row stay in full precision. A
-    call reads its own tokens in `full` precision (as KIVI and transformers do) or `rounded` (as the paper's evaluation
-    does), by `own`; earlier tokens it reads as they are stored.
+    packed together. `hadamard` rotates heads before rounding. `keep` first tokens of every row stay in full precision.
+    A call reads its own tokens in `full` precision (as KIVI and transformers do) or `rounded` (as the paper's
+    evaluation does), by `own`; earlier tokens it reads as they are stored.
     """
 
     bits: int = 4
@@ -98,7 +98,7 @@ class PackedLayer(CacheLayerMixin):
         before = self.runs.copy(), self.length - self.tail[0].shape[2]
         tail = [torch.cat([old, new], 2) for old, new in zip(self.tail, states, strict=True)]
         self.length += key_states.shape[2]
-        self.tail = tail
+        self.tail = list(tail)
         self._flush()
         if self.packing.own == "full":
             if not before[0]:
@@ -146,6 +146,16 @@ class PackedLayer(CacheLayerMixin):
             self.runs[-1] = Run(last.slot, last.column, last.length + due)
         else:
             self.runs.append(Run(slot, column, due))
+
+    def first_keys(self, column: Int[Tensor, "batch token"]) -> Float[Tensor, "batch token head dim"]:
+        """The keys at these columns that are kept in full precision, NaN where others or none stand."""
+        batch, head, width, dim = self.kept[0].shape
+        if not width:
+            return self.kept[0].new_full((*column.shape, head, dim), torch.nan)
+        start, count = self.rows.kept(self.length, self.device)
+        index = column.to(self.device) - start[:, None]
+        keys = self.kept[0].transpose(1, 2)[torch.arange(batch, device=self.device)[:, None], index.clamp(0, width - 1)]
+        return keys.masked_fill(((index < 0) | (index >= count[:, None]))[:, :, None, None], torch.nan)
 
     def _hidden(self, column: int, count: int) -> Tensor | None:
         """Which of `count` columns must not enter a shared scale: padding before a row's start, and kept tokens."""
@@ -270,7 +280,7 @@ class PackedCache(Cache):
         ]
         if not any(isinstance(layer, PackedLayer) for layer in layers):
             raise IntactKVError(
-                f"{config.model_type} has no full-attention layer whose keys and values could be packed; use its own cache"
+                f"{config.model_type} has no full-attention layer that could be packed; use its own cache"
             )
         super().__init__(layers=layers, offloading=offloading)
 
@@ -289,7 +299,7 @@ class PackedCache(Cache):
         super().reset()
         self.rows.reset()
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Row i becomes what row `beam_idx[i]` was."""
         super().reorder_cache(beam_idx)
         self.rows.map(lambda x: x.index_select(0, beam_idx.to(x.device)))
@@ -305,9 +315,13 @@ class PackedCache(Cache):
         self.rows.map(lambda x: x[indices.to(x.device)])
 
 
-def expected_bytes(packing: Packing, shape: Float[Tensor, "batch head token dim"] | tuple[int, int, int, int]) -> float:
-    """Bytes of packed keys and values of that shape: tokens x heads x (2 dim bits / 8 + scales), without idle capacity."""
-    batch, head, tokens, dim = tuple(shape) if not isinstance(shape, tuple) else shape
+def expected_bytes(packing: Packing, shape: tuple[int, int, int, int]) -> float:
+    """Bytes of packed keys and values `(batch, head, token, dim)`, idle capacity, kept and newest tokens left out.
+
+    batch · head · token · (2 dim bits / 8 + 4 bytes for each scale and low: of values dim / group_size a token, of keys
+    as many, or dim / token_group).
+    """
+    batch, head, tokens, dim = shape
     per_token = 4 * dim / (packing.group_size or dim)
     keys = 4 * dim / packing.token_group if packing.keys == "per_channel" else per_token
     return batch * head * tokens * (2 * dim * packing.bits / 8 + keys + per_token)

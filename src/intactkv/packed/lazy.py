@@ -24,7 +24,8 @@ class Stored:
     """One layer's tokens as they are stored at one moment, in three parts.
 
     `runs` are the packed tokens, columns 0 to `tail_column`; `tail` the tokens from there on, in full precision; `kept`
-    the first `count` tokens of each row from column `start` on, in full precision, which stand for the packed ones there.
+    the first `count` tokens of each row from column `start` on, in full precision, which stand for the packed ones
+    there.
     """
 
     runs: tuple[tuple[Run, Packed, Packed], ...]
@@ -40,7 +41,7 @@ class Stored:
         """All keys (0) or values (1), dense, in the model's dtype."""
         tail = self.tail[which]
         exact = torch.promote_types(tail.dtype, torch.float32)
-        packed = [run[1 + which].dense(exact) for run in self.runs]
+        packed = [(key, value)[which].dense(exact) for _, key, value in self.runs]
         if self.rotated:
             packed = [x @ hadamard(x.shape[-1], exact, x.device) for x in packed]
         out = torch.cat([*(x.to(tail.dtype) for x in packed), tail], 2)
@@ -68,11 +69,13 @@ class LazyStates(torch.Tensor):
     def __init__(self, stored: Stored, which: int) -> None:
         super().__init__()
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"LazyStates(shape={tuple(self.shape)}, dtype={self.dtype})"
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         def dense(x: LazyStates) -> Tensor:
             return x.stored.dense(x.which)
 

@@ -45,7 +45,8 @@ class PackedReads:
         for each, function in ((NAME, forward), (COMPILED, compiled_forward)):
             AttentionInterface.register(each, function)
             AttentionMaskInterface.register(each, sdpa_mask)
-        self._model, self._before = model, model.config._attn_implementation
+        self._model: PreTrainedModel | None = model
+        self._before = model.config._attn_implementation
         self._signature = inspect.signature(model.forward)
         model.set_attn_implementation(name)
         self._hook = model.register_forward_pre_hook(self._tell, with_kwargs=True)
@@ -156,7 +157,9 @@ def _full_part(rows: Tensor, stored: Stored, mask: Tensor | None, softcap: float
     """Attention over the kept and the newest tokens, all in full precision."""
     key, value = stored.tail
     seen = None if mask is None else mask[..., stored.tail_column :]
-    state = attend(rows, key, value, seen, nothing(rows, value.shape[-1]), softcap)
+    state = nothing(rows, value.shape[-1])
+    if key.shape[2]:
+        state = attend(rows, key, value, seen, state, softcap)
     if stored.kept is None or stored.start is None or stored.count is None:
         return state
     index = torch.arange(stored.kept[0].shape[2], device=rows.device)
@@ -170,7 +173,7 @@ def _full_part(rows: Tensor, stored: Stored, mask: Tensor | None, softcap: float
 
 def _by_rows(mask: Tensor | None, stored: Stored, query: Tensor, kv_heads: int) -> Tensor | None:
     """The mask `(batch, 1 or kv_head, 1 or row, column)` for queries whose heads are folded into rows."""
-    batch, heads, tokens, _ = query.shape
+    heads, tokens = query.shape[1:3]
     columns = stored.tail_column + stored.tail[0].shape[2]
     if mask is None:
         if tokens == 1:

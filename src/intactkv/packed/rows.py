@@ -44,7 +44,7 @@ class Rows:
         other = start[sites.row] != at
         if bool(other.any()):
             raise IntactKVError(
-                f"row {int(sites.row[other][0])} holds several sequences that begin with the prefix, and a packed cache "
+                f"row {int(sites.row[other][0])} holds several sequences that begin with the prefix; a packed cache "
                 "keeps one beginning per row; give each sequence a row of its own"
             )
         count = torch.full((batch,), self.keep, device=device)

@@ -9,8 +9,8 @@ device, `capacity` slots of which the first `used` hold tokens:
   - scales **per channel** (`token_group` > 0): `(batch, head, capacity / token_group, dim)`; slot t, channel d uses
     `[t // token_group, d]`. Slots are filled by whole groups.
 
-A read takes a `Packed`: views of a run of slots, with the buffers' strides (batch stride `head * capacity * bytes`, head
-stride `capacity * bytes`, token stride `bytes`, byte stride 1; scales likewise), so nothing is copied.
+A read takes a `Packed`: views of a run of slots, with the buffers' strides (batch stride `head * capacity * bytes`,
+head stride `capacity * bytes`, token stride `bytes`, byte stride 1; scales likewise), so nothing is copied.
 
 A slot is a column of the cache, except after a crop inside a group of per-channel scales: the rest of that group stays
 empty and the next token begins a new one, because a token is rounded once and a scale belongs to those it was made for.
@@ -50,7 +50,8 @@ class Run:
 
 @dataclass(frozen=True)
 class Packed:
-    """A run of packed tokens: plain tensors as the file's docstring lays out; `token_group` is 0 for scales per token."""
+    """A run of packed tokens: plain tensors as the file's docstring lays out; `token_group` is 0 for scales per
+    token."""
 
     codes: UInt8[Tensor, "batch head token bytes"]
     scale: Float[Tensor, "batch head group dim"]
