@@ -217,9 +217,9 @@ def tuning(size: Size) -> list[dict[str, Any]]:
     for bits, tokens in ((4, 0), (2, 0), (4, 128)):
         k, v = packed(key, bits, tokens), packed(value, bits)
         read = sum(t.numel() * t.element_size() for x in (k, v) for t in (x.codes, x.scale, x.low))
-        for block in (32, 64, 128) if CUDA else (64,):
-            for warps in (1, 2, 4, 8) if CUDA else (4,):
-                for stages in (2, 3, 4) if CUDA else (3,):
+        for block in (64, 128) if CUDA else (64,):
+            for warps in (1, 2, 4) if CUDA else (4,):
+                for stages in (1, 3) if CUDA else (3,):
                     for waves in (4, 8, 16) if CUDA else (4,):
                         kernel.BLOCK, kernel.WARPS, kernel.STAGES, kernel.WAVES = block, warps, stages, waves
                         calls = [packed_way(query, k, v)] * 4
