@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import json
 import math
 import platform
@@ -214,30 +215,32 @@ def tuning(size: Size) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     batch, context = (8, 16384) if CUDA else (1, 128)
     query, key, value = fresh(batch, context, size.head_dim)
-    for bits, tokens in ((4, 0), (2, 0), (4, 128)):
+    before = kernel.BLOCK, kernel.WARPS, kernel.STAGES, kernel.FLIP, kernel.WAVES
+    for bits, tokens in ((4, 0), (2, 0), (4, 32)):
         k, v = packed(key, bits, tokens), packed(value, bits)
         read = sum(t.numel() * t.element_size() for x in (k, v) for t in (x.codes, x.scale, x.low))
-        for block in (64, 128) if CUDA else (64,):
-            for warps in (1, 2, 4) if CUDA else (4,):
-                for stages in (1, 3) if CUDA else (3,):
-                    for waves in (4, 8, 16) if CUDA else (4,):
-                        kernel.BLOCK, kernel.WARPS, kernel.STAGES, kernel.WAVES = block, warps, stages, waves
-                        calls = [packed_way(query, k, v)] * 4
-                        seconds = turns({"it": graphed(calls)}, 3)["it"]
-                        found.append({"bits": bits, "group": tokens, "block": block, "warps": warps, "stages": stages,
-                                      "waves": waves, "us": 1e6 * median(seconds), "GB/s": read / median(seconds) / 1e9})  # fmt: skip
+        pairs = [(twin(k), twin(v)) for _ in range(copies(size, read))]
+        for settings in itertools.product((32, 64), (1, 2), (2, 3), (True, False), (8, 12, 16)) if CUDA else [before]:
+            kernel.BLOCK, kernel.WARPS, kernel.STAGES, kernel.FLIP, kernel.WAVES = settings
+            seconds = median(turns({"it": graphed([packed_way(query, *pair) for pair in pairs])}, 3)["it"])
+            found.append(
+                {"bits": bits, "group": tokens, "settings": settings, "us": 1e6 * seconds, "GB/s": read / seconds / 1e9}
+            )
         best = sorted((f for f in found if (f["bits"], f["group"]) == (bits, tokens)), key=lambda f: f["us"])
-        for row in best[:6]:
-            print({name: round(x, 1) for name, x in row.items()}, flush=True)
+        print(*best[:6], sep="\n", flush=True)
+    chosen = min((f for f in found if (f["bits"], f["group"]) == (4, 0)), key=lambda f: f["us"])["settings"]
+    kernel.BLOCK, kernel.WARPS, kernel.STAGES, kernel.FLIP, kernel.WAVES = chosen
+    print("block, warps, stages, flip, waves:", chosen, flush=True)
     return found
 
 
 def copy_bandwidth() -> float:
-    """Bytes read and written in a second by a large copy."""
-    source = torch.empty(2**30 if CUDA else 2**20, dtype=torch.uint8, device=DEVICE)
+    """Bytes read and written in a second by the better of two large copies: the driver's and a kernel's."""
+    source = torch.zeros(2**28 if CUDA else 2**18, dtype=torch.float32, device=DEVICE)
     target = torch.empty_like(source)
-    seconds = turns({"copy": graphed([lambda: target.copy_(source)] * 4)}, ROUNDS)["copy"]
-    return 2 * source.numel() / median(seconds)
+    ways = {"driver": lambda: target.copy_(source), "kernel": lambda: torch.add(source, 1.0, out=target)}
+    seconds = turns({name: graphed([way] * 4) for name, way in ways.items()}, ROUNDS)
+    return max(2 * source.nbytes / median(times) for times in seconds.values())
 
 
 def graphed(calls: list[Callable[[], Any]]) -> Callable[[], float]:

@@ -24,8 +24,8 @@ from intactkv.packed.store import Packed
 
 ROWS = 16  # the least that a matrix product takes
 BLOCK = 64  # tokens
-WARPS, STAGES = 4, 3
-WAVES = 4  # programs for each multiprocessor, so that loads of one hide behind the work of others
+WARPS, STAGES, FLIP = 1, 3, True
+WAVES = 8  # programs for each multiprocessor, so that loads of one hide behind the work of others
 
 
 def fits(query: Tensor, key: Packed, value: Packed) -> bool:
@@ -63,7 +63,7 @@ def packed_attention_gpu(
         DIM=dim, DIM_V=value.dim, BITS=key.bits, BITS_V=value.bits, TOKEN_GROUP=key.token_group, BLOCK=block,
         ROWS=max(ROWS, triton.next_power_of_2(rows)), BEGIN=begin is not None,
         MASK=0 if seen is None else 1 if seen.dtype == torch.bool else 2, CAP=softcap is not None,
-        EXACT=exact, ASM=query.is_cuda and torch.version.cuda is not None,
+        EXACT=exact, FLIP=FLIP, ASM=query.is_cuda and torch.version.cuda is not None,
         num_warps=WARPS, num_stages=STAGES,
     )  # fmt: skip
     out = Partial(*(query.new_empty((batch, head, rows, n), dtype=torch.float32) for n in (value.dim, 1, 1)))
@@ -127,6 +127,17 @@ def _plane(low, high, PLANE: tl.constexpr, BITS: tl.constexpr, WIDE: tl.constexp
 
 
 @triton.jit
+def _product_t(codes, x, sum_, EXACT: tl.constexpr):
+    """`sum_` + codes @ x for x within ±1 in float32."""
+    number = x.to(tl.float16)
+    sum_ = tl.dot(codes, number, sum_)
+    if EXACT:
+        rest = ((x - number.to(tl.float32)) * 2048).to(tl.float16)
+        sum_ += tl.dot(codes, rest) * (1 / 2048)
+    return sum_
+
+
+@triton.jit
 def _product(x, codes, sum_, EXACT: tl.constexpr):
     """`sum_` + x @ codes for x within ±1 in float32."""
     number = x.to(tl.float16)
@@ -144,7 +155,7 @@ def _attend(
     kb, kh, kt, ksb, ksh, kst, vb, vh, vt, vsb, vsh, vst, mb, mh, mr, mt,
     DIM: tl.constexpr, DIM_V: tl.constexpr, BITS: tl.constexpr, BITS_V: tl.constexpr, TOKEN_GROUP: tl.constexpr,
     BLOCK: tl.constexpr, ROWS: tl.constexpr, BEGIN: tl.constexpr, MASK: tl.constexpr, CAP: tl.constexpr,
-    EXACT: tl.constexpr, ASM: tl.constexpr,
+    EXACT: tl.constexpr, ASM: tl.constexpr, FLIP: tl.constexpr = False,
 ):  # fmt: skip
     """One head's attention over one share of its packed tokens."""
     split, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -167,8 +178,8 @@ def _attend(
         q3 = tl.load(q_at + 3 * WK, live[:, None], 0.0)
         size = tl.maximum(size, tl.maximum(tl.max(tl.abs(q2), 1), tl.max(tl.abs(q3), 1)))
         sum_q += tl.sum(q2, 1) + tl.sum(q3, 1)
-    size = tl.maximum(size, 1e-30)
-    h0, h1, h2, h3 = q0 / size[:, None], q1 / size[:, None], q2 / size[:, None], q3 / size[:, None]
+    size = tl.maximum(tl.max(size, 0), 1e-30)  # one for all rows: it goes into the tokens' scales
+    h0, h1, h2, h3 = q0 / size, q1 / size, q2 / size, q3 / size
     MIDDLE: tl.constexpr = 2 ** (BITS - 1)
     MIDDLE_V: tl.constexpr = 2 ** (BITS_V - 1)
 
@@ -191,6 +202,11 @@ def _attend(
     for start in range(split * share, end, BLOCK):
         t = start + n
         there = t < end
+        v_s = tl.load(v_scale + t.to(tl.int64) * vst, there, 0.0).to(tl.float32)
+        v_l = tl.load(v_low + t.to(tl.int64) * vst, there, 0.0).to(tl.float32)
+        if TOKEN_GROUP == 0:
+            scale = tl.load(k_scale + t.to(tl.int64) * kst, there, 0.0).to(tl.float32)
+            low = tl.load(k_low + t.to(tl.int64) * kst, there, 0.0).to(tl.float32)
         k_at = k_codes + t[:, None].to(tl.int64) * kt + jk[None, :]
         k_bytes = tl.load(k_at, there[:, None], 0)
         k_high = k_bytes
@@ -220,25 +236,32 @@ def _attend(
                 top = tl.maximum(top, tl.maximum(tl.max(tl.abs(w2), 1), tl.max(tl.abs(w3), 1)))
             top = tl.maximum(top, 1e-30)
             h0, h1, h2, h3 = w0 / top[:, None], w1 / top[:, None], w2 / top[:, None], w3 / top[:, None]
-        s = tl.zeros((ROWS, BLOCK), tl.float32)
-        s = _product(h0, tl.trans(_plane(k_bytes, k_high, 0, BITS, WK, ASM)), s, EXACT)
-        if K >= 2:
-            s = _product(h1, tl.trans(_plane(k_bytes, k_high, 1, BITS, WK, ASM)), s, EXACT)
-        if K == 4:
-            s = _product(h2, tl.trans(_plane(k_bytes, k_high, 2, BITS, WK, ASM)), s, EXACT)
-            s = _product(h3, tl.trans(_plane(k_bytes, k_high, 3, BITS, WK, ASM)), s, EXACT)
+        if FLIP:
+            st = tl.zeros((BLOCK, ROWS), tl.float32)
+            st = _product_t(_plane(k_bytes, k_high, 0, BITS, WK, ASM), tl.trans(h0), st, EXACT)
+            if K >= 2:
+                st = _product_t(_plane(k_bytes, k_high, 1, BITS, WK, ASM), tl.trans(h1), st, EXACT)
+            if K == 4:
+                st = _product_t(_plane(k_bytes, k_high, 2, BITS, WK, ASM), tl.trans(h2), st, EXACT)
+                st = _product_t(_plane(k_bytes, k_high, 3, BITS, WK, ASM), tl.trans(h3), st, EXACT)
+            s = tl.trans(st)
+        else:
+            s = tl.zeros((ROWS, BLOCK), tl.float32)
+            s = _product(h0, tl.trans(_plane(k_bytes, k_high, 0, BITS, WK, ASM)), s, EXACT)
+            if K >= 2:
+                s = _product(h1, tl.trans(_plane(k_bytes, k_high, 1, BITS, WK, ASM)), s, EXACT)
+            if K == 4:
+                s = _product(h2, tl.trans(_plane(k_bytes, k_high, 2, BITS, WK, ASM)), s, EXACT)
+                s = _product(h3, tl.trans(_plane(k_bytes, k_high, 3, BITS, WK, ASM)), s, EXACT)
         if TOKEN_GROUP > 0:
             s = s * top[:, None] + shift[:, None]
         else:
-            scale = tl.load(k_scale + t.to(tl.int64) * kst, there, 0.0).to(tl.float32)
-            low = tl.load(k_low + t.to(tl.int64) * kst, there, 0.0).to(tl.float32)
-            s = s * size[:, None] * scale[None, :] + sum_q[:, None] * (low + scale * MIDDLE)[None, :]
+            s = s * (size * scale)[None, :] + sum_q[:, None] * (low + scale * MIDDLE)[None, :]
         if CAP:
             s = cap * (2 / (1 + tl.exp(-2 * s / cap)) - 1)
         visible = there & (t >= first)
-        if MASK == 0:
-            s = tl.where(visible[None, :], s, float("-inf"))
-        else:
+        s += tl.where(visible, 0.0, float("-inf"))[None, :]
+        if MASK > 0:
             m_at = mask + b * mb + h * mh + r[:, None].to(tl.int64) * mr + t[None, :].to(tl.int64) * mt
             inside = live[:, None] & visible[None, :]
             if MASK == 1:
@@ -246,11 +269,9 @@ def _attend(
             else:
                 s = tl.where(inside, s + tl.load(m_at, inside, 0.0).to(tl.float32), float("-inf"))
         m_ = tl.maximum(m, tl.max(s, 1))
-        p, faded = tl.exp(s - m_[:, None]), tl.exp(m - m_)
+        p, faded = tl.exp2((s - m_[:, None]) * LOG2E), tl.exp2((m - m_) * LOG2E)
         m = m_
         l = l * faded + tl.sum(p, 1)
-        v_s = tl.load(v_scale + t.to(tl.int64) * vst, there, 0.0).to(tl.float32)
-        v_l = tl.load(v_low + t.to(tl.int64) * vst, there, 0.0).to(tl.float32)
         low_sum = low_sum * faded + tl.sum(p * (v_l + v_s * MIDDLE_V)[None, :], 1)
         # `unit` is the scale that the sums so far are in; weights stay within half precision's range
         unit_ = tl.maximum(unit, tl.max(v_s, 0))
@@ -296,3 +317,4 @@ def _merge(
 
 
 FLOOR_ = tl.constexpr(FLOOR)
+LOG2E = tl.constexpr(1.4426950408889634)
