@@ -1,9 +1,10 @@
 """What a packed KV cache holds and how fast a decoding step reads it, against transformers' own caches.
 
-Every way decodes the same tokens after a prompt of the same length whose keys and values are put into its cache directly
-(random numbers; speed does not depend on them). Bytes are what the cache's tensors hold, idle capacity included, and for
-our cache also what its formula says. Transient memory is the largest number of bytes that one decoding step has allocated
-at a time, read from torch's profiler. transformers' HQQ cache needs `hqq`, which is measured where it is installed.
+Every way decodes the same tokens after a prompt of the same length whose keys and values are put into its cache
+directly (random numbers; speed does not depend on them). Bytes are what the cache's tensors hold, idle capacity
+included, and for our cache also what its formula says. Transient memory is the largest number of bytes that one
+decoding step has allocated at a time, read from torch's profiler. transformers' HQQ cache needs `hqq`, which is
+measured where it is installed.
 """
 
 from __future__ import annotations

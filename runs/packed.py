@@ -1,10 +1,10 @@
 """Quality of low-bit KV caches: first tokens rounded, kept or intact, at 2, 3 and 4 bits, and transformers' own caches.
 
-What it does: cuts a text into windows that begin with [BOS], gives each window's first tokens as a prompt, decodes the rest
-token by token with the text's own tokens through each kind of cache, and compares every next-token distribution with the
-full model's. Decoding is real: every token reads the earlier ones as the cache stores them. Two groups of arms: the full
-model's weights, and weights of 3 bits, with the model's own first tokens or the full model's intact [BOS].
-What it gives up: one small model, one text; nothing here says how large the effect is on a large model.
+What it does: cuts a text into windows that begin with [BOS], gives each window's first tokens as a prompt, decodes the
+rest token by token with the text's own tokens through each kind of cache, and compares every next-token distribution
+with the full model's. Decoding is real: every token reads the earlier ones as the cache stores them. Two groups of
+arms: the full model's weights, and weights of 3 bits, with the model's own first tokens or the full model's intact
+[BOS]. What it gives up: one small model, one text; nothing here says how large the effect is on a large model.
 """
 
 from __future__ import annotations
@@ -62,9 +62,7 @@ def main(
         logits = decoded(model, make, ids, prompt=prompt, kv=intact)
         metrics[name] = token_metrics(reference, logits, ids[:, prompt:])
     found = Evaluation(metrics, {}, (), perf_counter() - began)
-    head = (
-        f"{len(ids)} windows of {window} tokens, the first {prompt} given at once, the others decoded one by one.\n\n"
-    )
+    head = f"{len(ids)} windows of {window} tokens, the first {prompt} given at once, the others one by one.\n\n"
     text = head + full_weights_table(found, full) + "\n" + low_bit_weights_table(found)
     sys.stdout.write(text) if out is None else out.write_text(text, encoding="utf-8")
 
@@ -140,8 +138,8 @@ def low_bit_weights_table(found: Evaluation) -> str:
     """Rounded, own and intact [BOS] under weights of 3 bits."""
     intervals = found.intervals()
     lines = [
-        "Weights of 3 bits (round to nearest, groups of 128), cache per token; [BOS] rounded with the others, the model's "
-        "own in full precision, or the full model's intact.\n",
+        "Weights of 3 bits (round to nearest, groups of 128), cache per token; [BOS] rounded with the others, the "
+        "model's own in full precision, or the full model's intact.\n",
         "| cache bits | [BOS] | KL mean [95 %] | median | 99 % | 99.9 % | first, last quarter | same top-1, % | "
         "KL removed, % [95 %] |",
         "|---|---|---|---:|---:|---:|---|---:|---|",
