@@ -42,8 +42,8 @@ Make = Callable[[PreTrainedModel], Cache]
 
 def main(
     out: Annotated[Path | None, typer.Option(help="Write the tables here instead of printing them.")] = None,
-    windows: Annotated[int, typer.Option(help="How many windows of text.")] = 48,
-    window: Annotated[int, typer.Option(help="Tokens in one window, prefix included.")] = 160,
+    windows: Annotated[int, typer.Option(help="How many windows of text.")] = 30,
+    window: Annotated[int, typer.Option(help="Tokens in one window, prefix included.")] = 128,
     prompt: Annotated[int, typer.Option(help="How many of them are given at once.")] = 32,
 ) -> None:
     """Measure every kind of cache on the embedded model and print two markdown tables."""
@@ -91,7 +91,7 @@ def arms(full: Any, rounded: Any, kv: IntactKV) -> Iterator[tuple[str, PreTraine
 def stock(backend: str, bits: int, axis: int) -> Make:
     """transformers' quantized cache with a residual of 32 tokens, otherwise as it comes."""
     return lambda model: QuantizedCache(
-        backend, model.config, nbits=bits, axis_key=axis, axis_value=axis, residual_length=32
+        backend.lower(), model.config, nbits=bits, axis_key=axis, axis_value=axis, residual_length=32
     )
 
 
