@@ -132,12 +132,16 @@ def _attend_stored(
     parts = [_full_part(rows, stored, mask, softcap)]
     turned = rows @ hadamard(dim, rows.dtype, rows.device) if stored.rotated else rows
     for run, key, value in stored.runs:
-        at = slice(run.column, run.column + run.length)
+        cut, hides = 0, begin
+        if stored.alike is not None and not key.token_group:  # cut off what is kept elsewhere, and mask nothing
+            start, count = stored.alike
+            cut, hides = (min(max(start + count - run.column, 0), run.length) if count else 0), None
+        at = slice(run.column + cut, run.column + run.length)
         part = packed_attention(
             turned,
-            key,
-            value,
-            begin=None if begin is None else begin - run.column,
+            key.slice(cut, run.length),
+            value.slice(cut, run.length),
+            begin=None if hides is None else hides - run.column,
             mask=None if mask is None else mask[..., at],
             softcap=softcap,
             step=step,
@@ -162,6 +166,10 @@ def _full_part(rows: Tensor, stored: Stored, mask: Tensor | None, softcap: float
         state = attend(rows, key, value, seen, state, softcap)
     if stored.kept is None or stored.start is None or stored.count is None:
         return state
+    if stored.alike is not None:
+        start, count = stored.alike
+        kept = stored.kept[0][:, :, :count], stored.kept[1][:, :, :count]
+        return attend(rows, *kept, None if mask is None else mask[..., start : start + count], state, softcap)
     index = torch.arange(stored.kept[0].shape[2], device=rows.device)
     seen = (index < stored.count[:, None])[:, None, None]
     if mask is not None:
