@@ -1,16 +1,17 @@
 """What a packed KV cache holds and how fast a decoding step reads it, against transformers' own caches.
 
-Every way decodes the same tokens after a prompt of the same length whose keys and values are put into its cache directly
-(random numbers; speed does not depend on them). Bytes are what the cache's tensors hold, idle capacity included, and for
-our cache also what its formula says. Transient memory is the largest number of bytes that one decoding step has allocated
-at a time, read from torch's profiler. transformers' HQQ cache needs `hqq`, which is measured where it is installed.
+Every way decodes the same tokens after a prompt of the same length whose keys and values are put into its cache
+directly (random numbers; speed does not depend on them). Bytes are what the cache's tensors hold, idle capacity
+included, and for our cache also what its formula says. Transient memory is the largest number of bytes that one
+decoding step has allocated at a time, read from torch's profiler. transformers' HQQ cache needs `hqq`, which is
+measured where it is installed.
 """
 
 from __future__ import annotations
 
+import copy
 import gc
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
@@ -49,6 +50,13 @@ def model(request: pytest.FixtureRequest, size: Any) -> PreTrainedModel:
     return LlamaForCausalLM(config).to(torch.bfloat16).eval()
 
 
+def twins(model: PreTrainedModel) -> dict[bool, PreTrainedModel]:
+    """The model as it is (False), and one of the same weights, not copied, that reads packed caches (True)."""
+    twin = copy.deepcopy(model, {id(p): p for p in model.parameters()})
+    read_packed(twin, compile=True)
+    return {False: model, True: twin}
+
+
 def caches(model: PreTrainedModel) -> dict[str, Callable[[], Cache]]:
     """Every kind of cache by its name."""
     made: dict[str, Callable[[], Cache]] = {"DynamicCache": lambda: DynamicCache(config=model.config)}
@@ -57,7 +65,7 @@ def caches(model: PreTrainedModel) -> dict[str, Callable[[], Cache]]:
     for backend, module, axis in (("quanto", "optimum.quanto", 0), ("HQQ", "hqq", 1)):
         if find_spec(module.split(".")[0]) and find_spec(module):
             made[f"QuantizedCache {backend}, 4 bits"] = lambda backend=backend, axis=axis: QuantizedCache(
-                backend, model.config, nbits=4, axis_key=axis, axis_value=axis
+                backend.lower(), model.config, nbits=4, axis_key=axis, axis_value=axis
             )
     return made
 
@@ -73,15 +81,13 @@ def filled(cache: Cache, model: PreTrainedModel, batch: int, context: int) -> Ca
     return cache
 
 
-def decoding(model: PreTrainedModel, cache: Cache, batch: int, steps: int) -> Callable[[], None]:
-    """`steps` decoding steps; the cache grows by as many tokens at each call."""
-    token = torch.full((batch, 1), 9)
+def decoding(models: dict[bool, PreTrainedModel], cache: Cache, batch: int, steps: int) -> Callable[[], None]:
+    """`steps` decoding steps of the model for such a cache, which grows by as many tokens at each call."""
+    token, model = torch.full((batch, 1), 9), models[isinstance(cache, PackedCache)]
 
     def way() -> None:
-        packed = isinstance(cache, PackedCache)
-        with read_packed(model, compile=True) if packed else nullcontext():
-            for _ in range(steps):
-                model(token, past_key_values=cache, use_cache=True)
+        for _ in range(steps):
+            model(token, past_key_values=cache, use_cache=True)
 
     return way
 
@@ -94,7 +100,8 @@ def test_decode(
     """A few decoding steps at a context's length, all kinds of cache in turns."""
     context = context if size.rounds > 2 else 256
     held = {name: filled(make(), model, batch, context) for name, make in caches(model).items()}
-    ways = {name: decoding(model, cache, batch, STEPS) for name, cache in held.items()}
+    models = twins(model)
+    ways = {name: decoding(models, cache, batch, STEPS) for name, cache in held.items()}
     seconds = interleaved(benchmark, ways, rounds=min(size.rounds, 3))
     for name in ways:
         ratios = speed_ratios(seconds[name], seconds["DynamicCache"])
@@ -108,6 +115,7 @@ def test_bytes(benchmark: Any, report: Callable[..., None], model: PreTrainedMod
     """Bytes a token and what one step allocates at 4096 tokens."""
     batch, context, config = 1, 4096 if size.rounds > 2 else 256, model.config
     shape = (batch, config.num_key_value_heads, context, config.head_dim)
+    models = twins(model)
     full = 2 * 2 * torch.Size(shape).numel() * config.num_hidden_layers
     settings = {**PACKINGS, "packed 3 bits": Packing(bits=3, keep=4), "packed 8 bits": Packing(bits=8, keep=4)}
     ways: dict[str, Packing | None] = {"DynamicCache": None, **settings}
@@ -120,7 +128,7 @@ def test_bytes(benchmark: Any, report: Callable[..., None], model: PreTrainedMod
             formula = full if packing is None else expected_bytes(packing, shape) * config.num_hidden_layers
             row = {"model": _name(model), "cache": name, "bytes_a_token": f"{held / context:.0f}"}
             row |= {"formula": f"{formula / context:.0f}", "÷ bfloat16": f"{held / full:.3f}"}
-            report(MEMORY, **row, one_step_MiB=f"{_transient(decoding(model, cache, batch, 1)) / 2**20:.2f}")
+            report(MEMORY, **row, one_step_MiB=f"{_transient(decoding(models, cache, batch, 1)) / 2**20:.2f}")
 
     benchmark.pedantic(measure, rounds=1)
 

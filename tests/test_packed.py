@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from itertools import pairwise
 from typing import Any
 
@@ -167,17 +168,18 @@ def test_every_architecture_generates_the_same_with_block_reads_and_dense(archit
 
 
 @each_setting
-@pytest.mark.parametrize("way", ["beams", "prompt lookup", "samples"])
+@pytest.mark.parametrize("way", ["beams", "prompt lookup", "assistant", "samples"])
 def test_ways_of_generating(model: PreTrainedModel, packing: Packing, way: str) -> None:
     rows = [prompts(1, n, seed=n)[0] for n in ((15, 11) if way == "beams" else (15,))]
     ids, mask, _ = padded(rows, "left")
     options: dict[str, Any] = {
         "beams": {"num_beams": 3},
         "prompt lookup": {"prompt_lookup_num_tokens": 3},
+        "assistant": {"assistant_model": TINY, "do_sample": False},
         "samples": {"do_sample": True, "num_return_sequences": 3},
     }[way]
     options = {"attention_mask": mask, "max_new_tokens": 12, **options}
-    wide = mask.repeat_interleave(3, 0) if way != "prompt lookup" else mask
+    wide = mask.repeat_interleave(3, 0) if way in ("beams", "samples") else mask
     torch.manual_seed(0)
     dense = model.generate(ids, past_key_values=told(model, packing, wide), **options)
     torch.manual_seed(0)
@@ -273,6 +275,22 @@ def test_reset_gives_an_empty_cache(model: PreTrainedModel) -> None:
         cache.reset()
         assert cache.get_seq_length() == 0
         assert torch.equal(stepwise(model, prompts(2), cache), first)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fast", [True, False], ids=["block reads", "dense reads"])
+def test_a_compiled_model_decodes_the_same(model: PreTrainedModel, fast: bool) -> None:
+    """Tracing breaks at the cache and at our attention, and goes on behind them."""
+    ids, packing = prompts(2, 16), Packing(bits=4, keep=2)
+
+    def steps(forward: Any) -> Tensor:
+        cache = told(model, packing, torch.ones_like(ids))
+        with torch.no_grad():
+            model(ids[:, :8], past_key_values=cache)
+            return torch.cat([forward(ids[:, i : i + 1], past_key_values=cache).logits for i in range(8, 16)], 1)
+
+    with read_packed(model) if fast else nullcontext():
+        assert torch.allclose(steps(torch.compile(model, backend="eager")), steps(model), atol=1e-9)
 
 
 @pytest.mark.slow

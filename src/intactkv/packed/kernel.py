@@ -24,7 +24,7 @@ from intactkv.packed.store import Packed
 
 ROWS = 16  # the least that a matrix product takes
 BLOCK = 64  # tokens
-WARPS, STAGES, FLIP = 1, 3, True
+WARPS, STAGES = 1, 3
 WAVES = 8  # programs for each multiprocessor, so that loads of one hide behind the work of others
 
 
@@ -63,7 +63,7 @@ def packed_attention_gpu(
         DIM=dim, DIM_V=value.dim, BITS=key.bits, BITS_V=value.bits, TOKEN_GROUP=key.token_group, BLOCK=block,
         ROWS=max(ROWS, triton.next_power_of_2(rows)), BEGIN=begin is not None,
         MASK=0 if seen is None else 1 if seen.dtype == torch.bool else 2, CAP=softcap is not None,
-        EXACT=exact, FLIP=FLIP, ASM=query.is_cuda and torch.version.cuda is not None,
+        EXACT=exact, ASM=query.is_cuda and torch.version.cuda is not None,
         num_warps=WARPS, num_stages=STAGES,
     )  # fmt: skip
     out = Partial(*(query.new_empty((batch, head, rows, n), dtype=torch.float32) for n in (value.dim, 1, 1)))
@@ -155,7 +155,7 @@ def _attend(
     kb, kh, kt, ksb, ksh, kst, vb, vh, vt, vsb, vsh, vst, mb, mh, mr, mt,
     DIM: tl.constexpr, DIM_V: tl.constexpr, BITS: tl.constexpr, BITS_V: tl.constexpr, TOKEN_GROUP: tl.constexpr,
     BLOCK: tl.constexpr, ROWS: tl.constexpr, BEGIN: tl.constexpr, MASK: tl.constexpr, CAP: tl.constexpr,
-    EXACT: tl.constexpr, ASM: tl.constexpr, FLIP: tl.constexpr = False,
+    EXACT: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """One head's attention over one share of its packed tokens."""
     split, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -236,23 +236,14 @@ def _attend(
                 top = tl.maximum(top, tl.maximum(tl.max(tl.abs(w2), 1), tl.max(tl.abs(w3), 1)))
             top = tl.maximum(top, 1e-30)
             h0, h1, h2, h3 = w0 / top[:, None], w1 / top[:, None], w2 / top[:, None], w3 / top[:, None]
-        if FLIP:
-            st = tl.zeros((BLOCK, ROWS), tl.float32)
-            st = _product_t(_plane(k_bytes, k_high, 0, BITS, WK, ASM), tl.trans(h0), st, EXACT)
-            if K >= 2:
-                st = _product_t(_plane(k_bytes, k_high, 1, BITS, WK, ASM), tl.trans(h1), st, EXACT)
-            if K == 4:
-                st = _product_t(_plane(k_bytes, k_high, 2, BITS, WK, ASM), tl.trans(h2), st, EXACT)
-                st = _product_t(_plane(k_bytes, k_high, 3, BITS, WK, ASM), tl.trans(h3), st, EXACT)
-            s = tl.trans(st)
-        else:
-            s = tl.zeros((ROWS, BLOCK), tl.float32)
-            s = _product(h0, tl.trans(_plane(k_bytes, k_high, 0, BITS, WK, ASM)), s, EXACT)
-            if K >= 2:
-                s = _product(h1, tl.trans(_plane(k_bytes, k_high, 1, BITS, WK, ASM)), s, EXACT)
-            if K == 4:
-                s = _product(h2, tl.trans(_plane(k_bytes, k_high, 2, BITS, WK, ASM)), s, EXACT)
-                s = _product(h3, tl.trans(_plane(k_bytes, k_high, 3, BITS, WK, ASM)), s, EXACT)
+        st = tl.zeros((BLOCK, ROWS), tl.float32)
+        st = _product_t(_plane(k_bytes, k_high, 0, BITS, WK, ASM), tl.trans(h0), st, EXACT)
+        if K >= 2:
+            st = _product_t(_plane(k_bytes, k_high, 1, BITS, WK, ASM), tl.trans(h1), st, EXACT)
+        if K == 4:
+            st = _product_t(_plane(k_bytes, k_high, 2, BITS, WK, ASM), tl.trans(h2), st, EXACT)
+            st = _product_t(_plane(k_bytes, k_high, 3, BITS, WK, ASM), tl.trans(h3), st, EXACT)
+        s = tl.trans(st)
         if TOKEN_GROUP > 0:
             s = s * top[:, None] + shift[:, None]
         else:

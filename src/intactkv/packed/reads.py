@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
+from functools import partial
+from importlib.util import find_spec
 from types import TracebackType
 from typing import Any
 
@@ -19,6 +22,7 @@ from intactkv.packed.attention import Partial, attend, compiled_step, merged, no
 from intactkv.packed.bits import hadamard
 from intactkv.packed.cache import PackedCache
 from intactkv.packed.lazy import LazyStates, Stored
+from intactkv.packed.store import Packed
 
 NAME, COMPILED = "intactkv_packed", "intactkv_packed_compiled"
 FEW = 16  # queries a row that are worth reading block by block; more are a chunk of a prompt
@@ -132,15 +136,19 @@ def _attend_stored(
     parts = [_full_part(rows, stored, mask, softcap)]
     turned = rows @ hadamard(dim, rows.dtype, rows.device) if stored.rotated else rows
     for run, key, value in stored.runs:
-        at = slice(run.column, run.column + run.length)
-        part = packed_attention(
+        cut, hides = 0, begin
+        if stored.alike is not None and not key.token_group:  # cut off what is kept elsewhere, and mask nothing
+            start, count = stored.alike
+            cut, hides = (min(max(start + count - run.column, 0), run.length) if count else 0), None
+        at = slice(run.column + cut, run.column + run.length)
+        key, value = key.slice(cut, run.length), value.slice(cut, run.length)
+        part = _reader(turned, key, value, step, exact=dtype == torch.float32)(
             turned,
             key,
             value,
-            begin=None if begin is None else begin - run.column,
+            begin=None if hides is None else hides - run.column,
             mask=None if mask is None else mask[..., at],
             softcap=softcap,
-            step=step,
         )
         if stored.rotated:
             part = part._replace(acc=part.acc @ hadamard(value.dim, rows.dtype, rows.device))
@@ -153,6 +161,16 @@ def _attend_stored(
     return out.view(batch, heads, tokens, -1).transpose(1, 2).to(dtype).contiguous()
 
 
+def _reader(query: Tensor, key: Packed, value: Packed, step: Any, *, exact: bool) -> Callable[..., Partial]:
+    """The Triton kernel on a GPU, where Triton is installed and serves these shapes; else PyTorch, block by block."""
+    if query.is_cuda and query.dtype == torch.float32 and len(key) and find_spec("triton"):
+        from intactkv.packed.kernel import fits, packed_attention_gpu
+
+        if fits(query, key, value):
+            return partial(packed_attention_gpu, exact=exact)
+    return partial(packed_attention, step=step)
+
+
 def _full_part(rows: Tensor, stored: Stored, mask: Tensor | None, softcap: float | None) -> Partial:
     """Attention over the kept and the newest tokens, all in full precision."""
     key, value = stored.tail
@@ -162,6 +180,10 @@ def _full_part(rows: Tensor, stored: Stored, mask: Tensor | None, softcap: float
         state = attend(rows, key, value, seen, state, softcap)
     if stored.kept is None or stored.start is None or stored.count is None:
         return state
+    if stored.alike is not None:
+        start, count = stored.alike
+        kept = stored.kept[0][:, :, :count], stored.kept[1][:, :, :count]
+        return attend(rows, *kept, None if mask is None else mask[..., start : start + count], state, softcap)
     index = torch.arange(stored.kept[0].shape[2], device=rows.device)
     seen = (index < stored.count[:, None])[:, None, None]
     if mask is not None:
