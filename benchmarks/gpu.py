@@ -317,8 +317,8 @@ def attach_figures(size: Size) -> dict[str, Any]:
             seconds = turns(ways, ROUNDS)
             ratio = median(p / a for p, a in zip(seconds["plain"], seconds["attached"], strict=True))
             target = 0.98 if work == "prefill" else 0.99
-            rows.append({"work": work, "batch": batch, "plain_ms": f"{1e3 * median(seconds['plain']):.3f}",
-                         "attached_over_plain_speed": f"{ratio:.3f}", "target": target, "met": ratio >= target})  # fmt: skip
+            row = {"work": work, "batch": batch, "plain_ms": f"{1e3 * median(seconds['plain']):.3f}"}
+            rows.append({**row, "attached_over_plain_speed": f"{ratio:.3f}", "target": target, "met": ratio >= target})
             print(rows[-1], flush=True)
         if CUDA and batch == size.batches[0]:
             syncs = {name: host_syncs(model, ids) for name, model in models.items()}

@@ -1,4 +1,4 @@
-"""The Triton kernel equals the PyTorch way, here under Triton's interpreter (`benchmarks/gpu.py` checks it on a GPU)."""
+"""The Triton kernel equals the PyTorch way, here under Triton's interpreter; `benchmarks/gpu.py` checks it on a GPU."""
 
 from __future__ import annotations
 

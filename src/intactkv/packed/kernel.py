@@ -2,13 +2,13 @@
 
 Each program takes one key head of one row and a share of its tokens. A block's bytes are loaded once; every plane of
 codes is multiplied with the matching slice of the query, so that nothing is interleaved, and scales stay out of the
-products: q·(code * scale + low) = scale * (q·code) + low * Σq for scales per token; for scales per channel they go
-into q once for each group of tokens. Products are of half-precision numbers with float32 sums: codes are counted from the
-middle of their range, which is exact; queries and weights are brought to the largest one of their row or block first, so
-that half precision's range does not matter, and where `exact` is asked for they go in two parts, number and remainder.
+products: q·(code * scale + low) = scale * (q·code) + low * Σq for scales per token; for scales per channel they go into
+q once for each group of tokens. Products are of half-precision numbers with float32 sums. Codes are counted from the
+middle of their range, which is exact. Queries and weights are brought to the largest one of their program or block
+first, so that half precision's range does not matter; `exact` gives them in two parts, number and remainder.
 
-What this gives up: shared scales within a head's numbers (`group_size` below the head's width) and token groups that are no
-multiple of 16, for which `fits` says no and PyTorch does the work.
+What this gives up: shared scales within a head's numbers (`group_size` below the head's width) and token groups that
+are no multiple of 16, for which `fits` says no and PyTorch does the work.
 """
 
 from __future__ import annotations
@@ -187,7 +187,7 @@ def _attend(
     if BEGIN:
         first = tl.load(begin + b)
     m = tl.full((ROWS,), FLOOR_, tl.float32)
-    l = tl.zeros((ROWS,), tl.float32)
+    total_ = tl.zeros((ROWS,), tl.float32)
     a0 = tl.zeros((ROWS, WV), tl.float32)
     a1, a2, a3 = a0, a0, a0
     low_sum = tl.zeros((ROWS,), tl.float32)
@@ -262,7 +262,7 @@ def _attend(
         m_ = tl.maximum(m, tl.max(s, 1))
         p, faded = tl.exp2((s - m_[:, None]) * LOG2E), tl.exp2((m - m_) * LOG2E)
         m = m_
-        l = l * faded + tl.sum(p, 1)
+        total_ = total_ * faded + tl.sum(p, 1)
         low_sum = low_sum * faded + tl.sum(p * (v_l + v_s * MIDDLE_V)[None, :], 1)
         # `unit` is the scale that the sums so far are in; weights stay within half precision's range
         unit_ = tl.maximum(unit, tl.max(v_s, 0))
@@ -284,7 +284,7 @@ def _attend(
         tl.store(at + 2 * WV, a2 * unit + low_sum[:, None], live[:, None])
         tl.store(at + 3 * WV, a3 * unit + low_sum[:, None], live[:, None])
     tl.store(peak + row, m, live)
-    tl.store(total + row, l, live)
+    tl.store(total + row, total_, live)
 
 
 @triton.jit
