@@ -13,17 +13,21 @@ if TYPE_CHECKING:
     from intactkv.error import IntactKVError
     from intactkv.kv import IntactKV
     from intactkv.pivots import discover
+    from intactkv.packed import PackedCache, Packing, read_packed
     from intactkv.prefix import bos, chat_prefix, text_prefix
 
 _HOME = {
     "Attachment": "attachment",
     "IntactKV": "kv",
     "IntactKVError": "error",
+    "PackedCache": "packed.cache",
+    "Packing": "packed.cache",
     "attach": "attachment",
     "bos": "prefix",
     "capture": "capturing",
     "chat_prefix": "prefix",
     "discover": "pivots",
+    "read_packed": "packed.reads",
     "text_prefix": "prefix",
 }
 
@@ -31,11 +35,14 @@ __all__ = [
     "Attachment",
     "IntactKV",
     "IntactKVError",
+    "PackedCache",
+    "Packing",
     "attach",
     "bos",
     "capture",
     "chat_prefix",
     "discover",
+    "read_packed",
     "text_prefix",
 ]
 

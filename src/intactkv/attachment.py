@@ -29,6 +29,7 @@ from intactkv.basis import refuse_foreign
 from intactkv.kv import IntactKV, IntactKVError, check_fingerprint, uncovered_layers
 from intactkv.locate import NEVER, Progress, Sites, first_real, hidden_prefix, locate, sequence_starts
 from intactkv.masks import as_tensor, real_tokens, sees_previous, slots, token_positions, visible
+from intactkv.packed.cache import PackedLayer
 from intactkv.substitute import IntactTensors, Substitution
 
 _attached: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()
@@ -278,6 +279,9 @@ class Attachment:
         inside = reached < size  # the other rows are past the prefix, or all padding: nothing hangs on them
         at = torch.where(inside[:, None], offset[:, None] + torch.arange(size, device=device), -1)
         for i, layer in enumerate(cache.layers):
+            if isinstance(layer, PackedLayer) and layer.is_initialized and len(layer.kept[0]) == batch:
+                equal = (layer.first_keys(at) == self._intact.like(i, *layer.kept)[0]).flatten(2).all(-1)
+                return (equal.to(device) & (at >= 0) & (at < past)).long().cumprod(1).sum(1)
             stored = getattr(layer, "keys", None)
             if i not in self.kv.layers or stored is None or isinstance(layer, QuantizedLayer):
                 continue

@@ -14,6 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from intactkv.kv import IntactKV, IntactKVError
 from intactkv.locate import Progress, Sites
+from intactkv.packed.cache import PackedCache
 
 
 class IntactTensors:
@@ -66,6 +67,8 @@ class Substitution:
             # transformers' quantized layers cannot reorder or select rows, so a cache's rows stay what they were
             progress.sites = _joined(progress.sites, self.sites, self.past)
         cache.intactkv = progress  # type: ignore[attr-defined]
+        if isinstance(cache, PackedCache) and progress.matched is not None:
+            cache.keep_sites(self.sites, len(progress.matched), self.past)
         if len(self.sites) == 0 and progress.sites is None:
             return
         update = cache.update

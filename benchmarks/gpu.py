@@ -1,0 +1,448 @@
+"""What attach and the packed cache cost on a GPU: builds, checks and times in one call of under ten minutes.
+
+    python benchmarks/gpu.py --out DIR          # one table at the end, all figures in DIR/gpu.json
+    python benchmarks/gpu.py --only packed --tune
+
+It needs torch, triton, transformers and this project's source. Without a GPU it runs the same code at toy size, the
+kernel under Triton's interpreter (set TRITON_INTERPRET=1): that shows that it works, and nothing else. Ways that are
+compared take turns; a ratio is taken within a round, and the median over the rounds is reported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import itertools
+import json
+import math
+import platform
+import sys
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, PreTrainedModel, StaticCache
+
+from intactkv import IntactKV, PackedCache, Packing, attach, read_packed
+from intactkv.kv import fingerprint
+from intactkv.packed import kernel
+from intactkv.packed.attention import Partial
+from intactkv.packed.store import Packed, Run, Store
+from intactkv.record import recorded
+
+CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if CUDA else "cpu")
+PREFIX = 34  # tokens: what a short system prompt takes
+ROUNDS = 7
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much work a run does."""
+
+    model: Mapping[str, int]
+    prompt: int
+    steps: int
+    eager_steps: int
+    batches: tuple[int, ...]
+    contexts: tuple[int, ...]
+    contexts_batches: tuple[int, ...]
+    head_dim: int
+    cold: int  # bytes that the layers which are read in turn must have together, to be no second-level cache's
+
+
+FULL = Size(
+    {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "vocab_size": 128256,
+     "num_attention_heads": 32, "num_key_value_heads": 8},
+    512, 128, 32, (1, 8, 32), (4096, 16384, 65536), (1, 8), 128, 400_000_000,
+)  # fmt: skip
+TOY = Size(
+    {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "vocab_size": 64,
+     "num_attention_heads": 4, "num_key_value_heads": 2},
+    40, 4, 2, (1, 2), (128,), (1,), 64, 1,
+)  # fmt: skip
+
+
+def main() -> None:
+    """Run the parts asked for, write all figures, and print a short table last."""
+    options = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    options.add_argument("--out", type=Path, default=Path("gpu"), help="the folder for gpu.json")
+    options.add_argument("--only", choices=("attach", "packed"), help="one part")
+    options.add_argument("--tune", action="store_true", help="try the kernel's sizes first")
+    asked, size = options.parse_args(), FULL if CUDA else TOY
+    asked.out.mkdir(parents=True, exist_ok=True)
+    figures: dict[str, Any] = {"where": where()}
+    for name, part in (("packed", packed_figures), ("attach", attach_figures)):
+        if asked.only in (None, name):
+            began = time.perf_counter()
+            figures[name] = part(size, asked.tune) if name == "packed" else part(size)
+            print(f"{name}: {time.perf_counter() - began:.0f} s", flush=True)
+            (asked.out / "gpu.json").write_text(json.dumps(figures, indent=1))
+    for name in ("packed", "attach"):
+        for row in figures.get(name, {}).get("rows", []):
+            print(" | ".join(str(cell) for cell in row.values()))
+
+
+def where() -> dict[str, Any]:
+    """Machine and versions."""
+    card = torch.cuda.get_device_name() if CUDA else f"no GPU, {platform.processor() or platform.machine()}"
+    triton = sys.modules["triton"].__version__
+    return {"card": card, "torch": torch.__version__, "triton": triton, "transformers": transformers.__version__}
+
+
+# The packed cache
+
+
+def packed_figures(size: Size, tune: bool) -> dict[str, Any]:
+    """Check the kernel, then time one decoding step's attention of one layer against SDPA over bfloat16."""
+    errors = {f"{bits} bits, {keys}": check(bits, keys, size) for bits in (2, 3, 4, 8) for keys in ("token", "channel")}
+    print("errors against float64", errors, flush=True)
+    errors["a model's logits"] = check_model()
+    print("a model that reads packed tokens against one that reads dense ones", errors["a model's logits"], flush=True)
+    bandwidth = copy_bandwidth()
+    print(f"copy bandwidth {bandwidth / 1e12:.2f} TB/s", flush=True)
+    tuned = tuning(size) if tune else []
+    rows = []
+    for context in size.contexts:
+        for batch in size.contexts_batches:
+            rows += decode_rows(size, batch, context, bandwidth)
+            for row in rows[-3:]:
+                print(row, flush=True)
+    return {"errors": errors, "bandwidth": bandwidth, "tuned": tuned, "rows": rows}
+
+
+def check(bits: int, keys: str, size: Size) -> dict[str, float]:
+    """The kernel's largest error on fresh random data, `exact` and not, over the largest number of the answer."""
+    query, key, value = fresh(2, 1000 if CUDA else 100, size.head_dim)
+    tokens = 32 if keys == "channel" else 0
+    usable = key.shape[2] // 32 * 32
+    k = packed(key[:, :, :usable].float(), bits, tokens)
+    v = packed(value[:, :, :usable].float(), bits)
+    begin = torch.tensor([0, 33], device=DEVICE)
+    weights = query.double() @ k.dense(torch.float64).transpose(2, 3)
+    hidden = torch.arange(usable, device=DEVICE) < begin[:, None, None, None]
+    want = weights.masked_fill(hidden, -math.inf).softmax(-1) @ v.dense(torch.float64)
+    errors = {}
+    for exact, limit in ((True, 1e-5), (False, 5e-3)):
+        part = kernel.packed_attention_gpu(query, k, v, begin=begin, exact=exact)
+        error = float(((part.acc / part.total).double() - want).abs().max() / want.abs().max())
+        errors["exact" if exact else "half"] = error
+        if not error < limit:
+            raise SystemExit(
+                f"the kernel is off by {error:.1e} at {bits} bits, {keys}, exact={exact}: nothing is timed"
+            )
+    return errors
+
+
+def check_model() -> float:
+    """The largest difference, over the largest logit, that reading packed tokens makes in a padded batch's decoding."""
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=97, hidden_size=256, intermediate_size=64, num_hidden_layers=2,
+                         num_attention_heads=4, num_key_value_heads=2)  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config).to(DEVICE).eval()
+    ids = torch.randint(0, 97, (2, 160), device=DEVICE)
+    mask = torch.ones_like(ids)
+    mask[1, :7] = 0
+    logits = []
+    for way in (read_packed, lambda model: contextlib.nullcontext()):
+        cache = PackedCache(config, Packing(bits=4, keep=2))
+        with read_packed(model):
+            model(ids[:, :150], attention_mask=mask[:, :150], past_key_values=cache)
+        with way(model):
+            steps = [
+                model(ids[:, t : t + 1], attention_mask=mask[:, : t + 1], past_key_values=cache).logits
+                for t in range(150, 160)
+            ]
+        logits.append(torch.cat(steps, 1))
+    error = float((logits[0] - logits[1]).abs().max() / logits[1].abs().max())
+    if not error < 1e-4:
+        raise SystemExit(f"a model that reads packed tokens is off by {error:.1e}: nothing is timed")
+    return error
+
+
+def fresh(batch: int, tokens: int, dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """A scaled query of four heads a key head, keys and values in bfloat16."""
+    shape = (batch, 8 if CUDA else 2, tokens, dim)
+    key, value = (torch.randn(shape, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+    return torch.randn(*shape[:2], 4, dim, device=DEVICE) * dim**-0.5, key, value
+
+
+def packed(x: Tensor, bits: int, token_group: int = 0) -> Packed:
+    """`x` as the cache stores it."""
+    store = Store(x, bits=bits, group_size=None, tokens=token_group)
+    store.append(x, None)
+    return store.view(Run(0, 0, x.shape[2]))
+
+
+def decode_rows(size: Size, batch: int, context: int, bandwidth: float) -> list[dict[str, Any]]:
+    """One row for each way of storing: microseconds a layer, share of the copy bandwidth, times of bfloat16."""
+    query, key, value = fresh(batch, context, size.head_dim)
+    ways: dict[str, tuple[int, list[Callable[[], Any]]]] = {}
+    dense = 2 * key.numel() * 2
+    layers = [(key.clone(), value.clone()) for _ in range(copies(size, dense))]
+    half = query.to(torch.bfloat16)
+    for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION) if CUDA else (SDPBackend.MATH,):
+        ways[f"bf16 {backend.name.split('_')[0].lower()}"] = (dense, [sdpa(half, *kv, backend) for kv in layers])
+    for bits in (4, 2):
+        for keys, tokens in (("token", 0), ("channel", 32)):
+            one = packed(key, bits, tokens), packed(value, bits)
+            read = sum(t.numel() * t.element_size() for x in one for t in (x.codes, x.scale, x.low))
+            pairs = [tuple(twin(x) for x in one) for _ in range(copies(size, read))]
+            ways[f"{bits} bits per {keys}"] = (read, [packed_way(query, *pair) for pair in pairs])
+    seconds = turns({name: graphed(calls) for name, (_, calls) in ways.items()}, ROUNDS)
+    base = [min(times) for times in zip(*(seconds[name] for name in ways if name.startswith("bf16")), strict=True)]
+    return [
+        {
+            "way": name,
+            "batch": batch,
+            "context": context,
+            "us": f"{1e6 * median(seconds[name]):.1f}",
+            "of_copy_bandwidth": f"{read / median(seconds[name]) / bandwidth:.2f}",
+            "bf16_time_over_this": f"{median(b / s for b, s in zip(base, seconds[name], strict=True)):.2f}",
+            "bytes_over_bf16": f"{read / dense:.3f}",
+        }
+        for name, (read, _) in ways.items()
+    ]
+
+
+def copies(size: Size, nbytes: int) -> int:
+    """How many layers have to be read in turn for each to be cold."""
+    return max(1, min(64, math.ceil(size.cold / nbytes)))
+
+
+def twin(x: Packed) -> Packed:
+    """A copy of one layer's store."""
+    return Packed(x.codes.clone(), x.scale.clone(), x.low.clone(), x.bits, x.token_group)
+
+
+def sdpa(query: Tensor, key: Tensor, value: Tensor, backend: SDPBackend) -> Callable[[], Tensor]:
+    """PyTorch's attention; a key head's queries go as tokens, which no kernel has to repeat keys for."""
+
+    def call() -> Tensor:
+        with sdpa_kernel(backend):
+            return torch.nn.functional.scaled_dot_product_attention(query, key, value, scale=1.0)
+
+    return call
+
+
+def packed_way(query: Tensor, key: Packed, value: Packed) -> Callable[[], Partial]:
+    """Attention over a packed layer as a half-precision model asks for it."""
+    return lambda: kernel.packed_attention_gpu(query, key, value, exact=False)
+
+
+def tuning(size: Size) -> list[dict[str, Any]]:
+    """The kernel's time over its sizes, at 16 k tokens."""
+    found: list[dict[str, Any]] = []
+    batch, context = (8, 16384) if CUDA else (1, 128)
+    query, key, value = fresh(batch, context, size.head_dim)
+    before = kernel.BLOCK, kernel.WARPS, kernel.STAGES, kernel.WAVES
+    for bits, tokens in ((4, 0), (2, 0), (4, 32)):
+        k, v = packed(key, bits, tokens), packed(value, bits)
+        read = sum(t.numel() * t.element_size() for x in (k, v) for t in (x.codes, x.scale, x.low))
+        pairs = [(twin(k), twin(v)) for _ in range(copies(size, read))]
+        for settings in itertools.product((32, 64), (1, 2), (2, 3), (4, 8, 16)) if CUDA else [before]:
+            kernel.BLOCK, kernel.WARPS, kernel.STAGES, kernel.WAVES = settings
+            seconds = median(turns({"it": graphed([packed_way(query, *pair) for pair in pairs])}, 3)["it"])
+            found.append(
+                {"bits": bits, "group": tokens, "settings": settings, "us": 1e6 * seconds, "GB/s": read / seconds / 1e9}
+            )
+        best = sorted((f for f in found if (f["bits"], f["group"]) == (bits, tokens)), key=lambda f: f["us"])
+        print(*best[:6], sep="\n", flush=True)
+    chosen = min((f for f in found if (f["bits"], f["group"]) == (4, 0)), key=lambda f: f["us"])["settings"]
+    kernel.BLOCK, kernel.WARPS, kernel.STAGES, kernel.WAVES = chosen
+    print("block, warps, stages, waves:", chosen, flush=True)
+    return found
+
+
+def copy_bandwidth() -> float:
+    """Bytes read and written in a second by the better of two large copies: the driver's and a kernel's."""
+    source = torch.zeros(2**28 if CUDA else 2**18, dtype=torch.float32, device=DEVICE)
+    target = torch.empty_like(source)
+    ways = {"driver": lambda: target.copy_(source), "kernel": lambda: torch.add(source, 1.0, out=target)}
+    seconds = turns({name: graphed([way] * 4) for name, way in ways.items()}, ROUNDS)
+    return max(2 * source.nbytes / median(times) for times in seconds.values())
+
+
+def graphed(calls: list[Callable[[], Any]]) -> Callable[[], float]:
+    """Runs all calls and gives the seconds of one; on a GPU as one CUDA graph, so that launches cost nothing."""
+    for call in calls[:2]:
+        call()
+    if not CUDA:
+        return lambda: clocked(lambda: [call() for call in calls]) / len(calls)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    return lambda: clocked(graph.replay) / len(calls)
+
+
+# Attach
+
+
+def attach_figures(size: Size) -> dict[str, Any]:
+    """Prefill and decoding with and without an intact KV of 34 tokens, on a random model in bfloat16."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        **size.model, bos_token_id=0, eos_token_id=1, max_position_embeddings=8192, rope_theta=500000.0
+    )
+    with DEVICE:
+        plain = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    print(f"{plain.num_parameters() / 1e9:.2f} B parameters", flush=True)
+    prefix = torch.cat([torch.tensor([0]), torch.randint(2, config.vocab_size, (PREFIX - 1,))])
+    attached = copy.deepcopy(plain, {id(p): p for p in plain.parameters()})
+    attach(attached, intact(plain, prefix))
+    models = {"plain": plain, "attached": attached}
+    rows, syncs = [], {}
+    for batch in size.batches:
+        ids = torch.randint(2, config.vocab_size, (batch, size.prompt))
+        ids[:, :PREFIX] = prefix
+        ids = ids.to(DEVICE)
+        works = {
+            "prefill": {name: prefill(model, ids) for name, model in models.items()},
+            "decode": {name: eager_decode(model, ids, size.eager_steps) for name, model in models.items()},
+        }
+        if CUDA:
+            works["decode, CUDA graph"] = {name: graph_decode(model, ids, size.steps) for name, model in models.items()}
+        for work, ways in works.items():
+            seconds = turns(ways, ROUNDS)
+            ratio = median(p / a for p, a in zip(seconds["plain"], seconds["attached"], strict=True))
+            target = 0.98 if work == "prefill" else 0.99
+            row = {"work": work, "batch": batch, "plain_ms": f"{1e3 * median(seconds['plain']):.3f}"}
+            rows.append({**row, "attached_over_plain_speed": f"{ratio:.3f}", "target": target, "met": ratio >= target})
+            print(rows[-1], flush=True)
+        if CUDA and batch == size.batches[0]:
+            syncs = {name: host_syncs(model, ids) for name, model in models.items()}
+            print("host syncs", syncs, flush=True)
+    return {"rows": rows, "syncs": syncs, "differs": difference(models, ids)}
+
+
+def intact(model: PreTrainedModel, prefix: Tensor) -> IntactKV:
+    """What `capture` gives, without the digest of sixteen gigabytes."""
+    with torch.no_grad():
+        layers = {i: (k[0].cpu(), v[0].cpu()) for i, (k, v) in recorded(model, prefix[None]).items()}
+        logits = model(prefix[None].to(DEVICE)).logits[0].cpu()
+    return IntactKV(prefix, layers, logits, fingerprint(model.config))
+
+
+def prefill(model: PreTrainedModel, ids: Tensor) -> Callable[[], float]:
+    """Seconds of one forward over the prompts, as `generate` makes it."""
+    mask = torch.ones_like(ids)
+    return lambda: clocked(lambda: model(ids, attention_mask=mask, logits_to_keep=1))
+
+
+def eager_decode(model: PreTrainedModel, ids: Tensor, steps: int) -> Callable[[], float]:
+    """Seconds of one step with a growing cache."""
+
+    def run() -> float:
+        cache = DynamicCache(config=model.config)
+        token = model(ids, past_key_values=cache, logits_to_keep=1).logits.argmax(-1)
+
+        def decode() -> None:
+            nonlocal token
+            for _ in range(steps):
+                token = model(token, past_key_values=cache).logits.argmax(-1)
+
+        return clocked(decode) / steps
+
+    return run
+
+
+def graph_decode(model: PreTrainedModel, ids: Tensor, steps: int) -> Callable[[], float]:
+    """Seconds of one step with a static cache, replayed as a CUDA graph."""
+    batch, length = ids.shape
+    capacity = length + steps + 8
+    cache = StaticCache(config=model.config, max_cache_len=capacity)
+    token = torch.empty(batch, 1, dtype=torch.int64, device=DEVICE)
+    position, columns = torch.tensor([[length]], device=DEVICE), torch.arange(capacity, device=DEVICE)
+
+    def step() -> None:
+        seen = (columns <= position)[None, None].expand(batch, 1, 1, capacity)
+        where = position.expand(batch, 1)
+        logits = model(token, attention_mask=seen, position_ids=where, past_key_values=cache).logits
+        token.copy_(logits.argmax(-1))
+        position.add_(1)
+
+    def begin() -> None:
+        cache.reset()
+        position.fill_(length)
+        token.copy_(model(ids, past_key_values=cache, logits_to_keep=1).logits.argmax(-1))
+
+    begin()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+
+    def run() -> float:
+        begin()
+        return clocked(lambda: [graph.replay() for _ in range(steps)]) / steps
+
+    return run
+
+
+def host_syncs(model: PreTrainedModel, ids: Tensor) -> dict[str, int]:
+    """How often the host waits for the card, in one prefill and in one decoding step."""
+    cache, mask = DynamicCache(config=model.config), torch.ones_like(ids)
+    calls = {
+        "prefill": lambda: model(ids, attention_mask=mask, past_key_values=cache, logits_to_keep=1),
+        "decode": lambda: model(ids[:, :1], past_key_values=cache),
+    }
+    counted = {}
+    for name, call in calls.items():
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            call()
+            torch.cuda.set_sync_debug_mode("default")
+        counted[name] = sum("synchroniz" in str(w.message) for w in seen)
+    return counted
+
+
+def difference(models: Mapping[str, PreTrainedModel], ids: Tensor) -> float:
+    """The largest difference that a model's own intact KV makes, over the largest logit."""
+    plain, attached = (models[name](ids, logits_to_keep=8).logits.float() for name in ("plain", "attached"))
+    return float((plain - attached).abs().max() / plain.abs().max())
+
+
+def turns(ways: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """The seconds that every way gives in every round, after one that does not count; each round begins elsewhere."""
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    order = list(ways)
+    for name in order:
+        ways[name]()
+    for _ in range(rounds):
+        for name in order:
+            seconds[name].append(ways[name]())
+        order.append(order.pop(0))
+    return seconds
+
+
+def clocked(work: Callable[[], Any]) -> float:
+    """Seconds from an idle card to an idle card."""
+    if CUDA:
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    work()
+    if CUDA:
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+if __name__ == "__main__":
+    with torch.inference_mode():
+        main()

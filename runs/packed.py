@@ -1,0 +1,179 @@
+"""Quality of low-bit KV caches: first tokens rounded, kept or intact, at 2, 3 and 4 bits, and transformers' own caches.
+
+What it does: cuts a text into windows that begin with [BOS], gives each window's first tokens as a prompt, decodes the
+rest token by token with the text's own tokens through each kind of cache, and compares every next-token distribution
+with the full model's. Decoding is real: every token reads the earlier ones as the cache stores them. Two groups of
+arms: the full model's weights, and weights of 3 bits, with the model's own first tokens or the full model's intact
+[BOS]. What it gives up: one small model, one text; nothing here says how large the effect is on a large model.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from time import perf_counter
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import Tensor
+from transformers import Cache, DynamicCache, PreTrainedModel, QuantizedCache
+
+from intactkv import IntactKV, PackedCache, Packing, attach, bos, capture, read_packed
+from intactkv.demo import MODEL, TEXT
+from intactkv.evaluate import Evaluation, Interval, prefixed_windows
+from intactkv.evaluate.metrics import TokenMetrics, full_metrics, token_metrics
+from intactkv.load import load_model, load_tokenizer, read_text
+from intactkv.quantize import RTN, quantize
+
+SCHEMES = {
+    "per token": Packing(),
+    "per token, Hadamard": Packing(hadamard=True),
+    "KIVI keys, residual 32": Packing(keys="per_channel", residual=32),
+}
+KEPT = (0, 1, 4, 16)
+Make = Callable[[PreTrainedModel], Cache]
+
+
+def main(
+    out: Annotated[Path | None, typer.Option(help="Write the tables here instead of printing them.")] = None,
+    windows: Annotated[int, typer.Option(help="How many windows of text.")] = 30,
+    window: Annotated[int, typer.Option(help="Tokens in one window, prefix included.")] = 128,
+    prompt: Annotated[int, typer.Option(help="How many of them are given at once.")] = 32,
+) -> None:
+    """Measure every kind of cache on the embedded model and print two markdown tables."""
+    full, tokenizer = load_model(MODEL, dtype=torch.float32), load_tokenizer(MODEL)
+    tokens = tokenizer(read_text(TEXT), add_special_tokens=False, verbose=False).input_ids
+    ids = prefixed_windows(tokens, prefix=bos(tokenizer), window=window).ids[:windows]
+    kv = capture(full, bos(tokenizer))
+    with torch.inference_mode():
+        reference = full(ids).logits[:, prompt - 1 : -1]
+    began, metrics = perf_counter(), {"full": full_metrics(reference, ids[:, prompt:])}
+    failures: list[str] = []  # of caches that are not ours
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = quantize(MODEL, Path(scratch) / "w3", method=RTN(bits=3, group_size=128, symmetric=False))
+        rounded = load_model(folder, dtype=torch.float32)
+    for name, model, make, intact in arms(full, rounded, kv):
+        print(f"{name} ({perf_counter() - began:.0f} s)", file=sys.stderr)
+        try:
+            logits = decoded(model, make, ids, prompt=prompt, kv=intact)
+        except RuntimeError as error:
+            if "QuantizedCache" not in name:
+                raise
+            failures.append(f"{name} (bits first) does not run: {error}\n")
+            continue
+        metrics[name] = token_metrics(reference, logits, ids[:, prompt:])
+    found = Evaluation(metrics, {}, (), perf_counter() - began)
+    head = f"{len(ids)} windows of {window} tokens, the first {prompt} given at once, the others one by one.\n\n"
+    tables = [full_weights_table(found, full), *failures, low_bit_weights_table(found)]
+    text = head + "\n".join(tables)
+    sys.stdout.write(text) if out is None else out.write_text(text, encoding="utf-8")
+
+
+def arms(full: Any, rounded: Any, kv: IntactKV) -> Iterator[tuple[str, PreTrainedModel, Make, IntactKV | None]]:
+    """Every arm: its name, its model, how to make its cache, and the artifact to attach."""
+
+    def packed(packing: Packing) -> Make:
+        return lambda model: PackedCache(model.config, packing)
+
+    for bits in (4, 3, 2):
+        for scheme, packing in SCHEMES.items():
+            for keep in KEPT:
+                yield f"{bits} {scheme} {keep}", full, packed(replace(packing, bits=bits, keep=keep)), None
+    for backend, module, axis, known in (("quanto", "optimum", 0, (4, 2)), ("HQQ", "hqq", 1, (4, 3, 2))):
+        for bits in known if find_spec(module) else ():
+            yield f"{bits} QuantizedCache {backend}", full, stock(backend, bits, axis), None
+    yield "w3 16 own", rounded, lambda model: DynamicCache(config=model.config), None
+    yield "w3 16 intact", rounded, lambda model: DynamicCache(config=model.config), kv
+    for bits in (4, 3, 2):
+        yield f"w3 {bits} rounded", rounded, packed(Packing(bits)), None
+        yield f"w3 {bits} own", rounded, packed(Packing(bits, keep=1)), None
+        yield f"w3 {bits} intact", rounded, packed(Packing(bits)), kv
+
+
+def stock(backend: str, bits: int, axis: int) -> Make:
+    """transformers' quantized cache with a residual of 32 tokens, otherwise as it comes."""
+    return lambda model: QuantizedCache(
+        backend.lower(), model.config, nbits=bits, axis_key=axis, axis_value=axis, residual_length=32
+    )
+
+
+@torch.inference_mode()
+def decoded(model: PreTrainedModel, make: Make, ids: Tensor, *, prompt: int, kv: IntactKV | None) -> Tensor:
+    """Logits that predict tokens `prompt` to the end, one forward for the prompt and one for each later token."""
+    cache = make(model)
+    with ExitStack() as stack:
+        if kv is not None:
+            stack.enter_context(attach(model, kv))
+        if isinstance(cache, PackedCache):
+            stack.enter_context(read_packed(model))
+        out = [model(ids[:, :prompt], past_key_values=cache, use_cache=True).logits[:, -1:]]
+        for at in range(prompt, ids.shape[1] - 1):
+            out.append(model(ids[:, at : at + 1], past_key_values=cache, use_cache=True).logits)
+    return torch.cat(out, 1)
+
+
+def full_weights_table(found: Evaluation, model: PreTrainedModel) -> str:
+    """Gain for each kept token against its cost, full-precision weights."""
+    config, intervals = model.config, found.intervals()
+    bytes_each = 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    lines = [
+        "Full-precision weights; KL in nats to the full model with a full-precision cache. A kept token costs "
+        f"{bytes_each} bytes a row in bfloat16.\n",
+        "| bits | cache | kept | KL mean [95 %] | median | 99 % | 99.9 % | first, last quarter | same top-1, % | "
+        "KL removed, % [95 %] | a kept token, % |",
+        "|---|---|---:|---|---:|---:|---:|---|---:|---|---:|",
+    ]
+    for name, row in intervals.items():
+        if name == "full" or name.startswith("w3"):
+            continue
+        bits, _, scheme = name.partition(" ")
+        scheme, _, keep = scheme.rpartition(" ") if scheme[-1].isdigit() else (scheme, "", "–")
+        gain = each = "–"
+        if keep not in ("–", "0"):
+            closed = found.gap_closed(own=f"{bits} {scheme} 0", intact=name)
+            gain, each = percent(closed), f"{100 * closed.value / int(keep):+.1f}"
+        lines.append(f"| {bits} | {scheme} | {keep} | {cells(found.metrics[name], row)} | {gain} | {each} |")
+    return "\n".join(lines) + "\n"
+
+
+def low_bit_weights_table(found: Evaluation) -> str:
+    """Rounded, own and intact [BOS] under weights of 3 bits."""
+    intervals = found.intervals()
+    lines = [
+        "Weights of 3 bits (round to nearest, groups of 128), cache per token; [BOS] rounded with the others, the "
+        "model's own in full precision, or the full model's intact.\n",
+        "| cache bits | [BOS] | KL mean [95 %] | median | 99 % | 99.9 % | first, last quarter | same top-1, % | "
+        "KL removed, % [95 %] |",
+        "|---|---|---|---:|---:|---:|---|---:|---|",
+    ]
+    for name, row in intervals.items():
+        if name.startswith("w3"):
+            _, bits, kind = name.split()
+            base = "w3 16 own" if bits == "16" else f"w3 {bits} rounded"
+            gain = "–" if name == base else percent(found.gap_closed(own=base, intact=name))
+            lines.append(f"| {bits} | {kind} | {cells(found.metrics[name], row)} | {gain} |")
+    return "\n".join(lines) + "\n"
+
+
+def cells(metrics: TokenMetrics, row: dict[str, Interval]) -> str:
+    """KL with its interval, its tail, its course over the decoded positions, and same-top-1."""
+    kl, quarter = row["kl_mean"], metrics.kl.shape[1] // 4
+    course = f"{metrics.kl[:, :quarter].mean():.4f}, {metrics.kl[:, -quarter:].mean():.4f}"
+    tail = " | ".join(f"{row[name].value:.4f}" for name in ("kl_median", "kl_99", "kl_99_9"))
+    mean = f"{kl.value:.4f} [{kl.low:.4f}, {kl.high:.4f}]"
+    return f"{mean} | {tail} | {course} | {row['same_top1_percent'].value:.1f}"
+
+
+def percent(part: Interval) -> str:
+    """A share with its interval."""
+    return f"{100 * part.value:+.1f} [{100 * part.low:+.1f}, {100 * part.high:+.1f}]"
+
+
+if __name__ == "__main__":
+    typer.run(main)

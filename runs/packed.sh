@@ -1,0 +1,5 @@
+#!/usr/bin/env bash
+# Quality of packed KV caches on the embedded model, markdown tables: runs/packed.sh [--windows N] [--out FILE]
+set -euo pipefail
+export TOKENIZERS_PARALLELISM=false
+exec python "$(dirname "$0")/packed.py" "$@"

@@ -1,0 +1,73 @@
+"""The Triton kernel equals the PyTorch way, here under Triton's interpreter; `benchmarks/gpu.py` checks it on a GPU."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported anywhere
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from intactkv.packed.attention import packed_attention
+from intactkv.packed.kernel import fits, packed_attention_gpu
+from intactkv.packed.store import Run, Store
+
+BATCH, HEAD, DIM = 2, 2, 64
+
+
+def packed(x: torch.Tensor, bits: int, token_group: int = 0) -> Any:
+    store = Store(x, bits=bits, group_size=None, tokens=token_group)
+    store.append(x, None)
+    return store.view(Run(0, 0, x.shape[2]))
+
+
+@pytest.mark.parametrize("exact", [True, False], ids=["exact", "half"])
+@pytest.mark.parametrize("token_group", [0, 32], ids=["per-token", "per-channel"])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_kernel_equals_pytorch(bits: int, token_group: int, exact: bool) -> None:
+    torch.manual_seed(bits)
+    tokens = 160 if token_group else 150
+    key, value = (torch.randn(BATCH, HEAD, tokens, DIM) for _ in range(2))
+    query = torch.randn(BATCH, HEAD, 3, DIM) * 0.4
+    k, v = packed(key, bits, token_group), packed(value, bits)
+    assert fits(query, k, v)
+    for settings in settings_of(tokens):
+        want = packed_attention(query, k, v, **settings)
+        got = packed_attention_gpu(query, k, v, exact=exact, **settings)
+        near = 1e-5 if exact else 4e-3
+        torch.testing.assert_close(got.acc / got.total, want.acc / want.total, atol=near, rtol=near)
+        torch.testing.assert_close(got.peak + got.total.log(), want.peak + want.total.log(), atol=near, rtol=near)
+
+
+def settings_of(tokens: int) -> list[dict[str, Any]]:
+    additive = torch.randn(BATCH, 1, 3, tokens)
+    additive[:, :, :, 5] = -torch.inf
+    return [
+        {},
+        {"begin": torch.tensor([0, 70])},
+        {"mask": torch.rand(BATCH, 1, 1, tokens) > 0.3, "softcap": 2.0},
+        {"mask": additive, "begin": torch.tensor([3, 0])},
+    ]
+
+
+def test_a_row_that_sees_nothing_weighs_nothing() -> None:
+    x = torch.randn(BATCH, HEAD, 64, DIM)
+    query, begin = torch.randn(BATCH, HEAD, 1, DIM), torch.tensor([64, 0])
+    got = packed_attention_gpu(query, packed(x, 4), packed(x, 4), begin=begin)
+    assert bool((got.total[0] == 0).all())
+    assert bool((got.acc[0] == 0).all())
+    assert bool((got.total[1] > 0).all())
+
+
+def test_large_queries_and_scales_do_not_overflow() -> None:
+    torch.manual_seed(0)
+    key, value = torch.randn(BATCH, HEAD, 64, DIM) * 1e-3, torch.randn(BATCH, HEAD, 64, DIM) * 1e4
+    query = torch.randn(BATCH, HEAD, 4, DIM) * 1e6
+    k, v = packed(key, 8), packed(value, 8)
+    want, got = packed_attention(query, k, v), packed_attention_gpu(query, k, v)
+    assert bool(torch.isfinite(got.acc).all())
+    torch.testing.assert_close(got.peak, want.peak, rtol=2e-3, atol=0)
