@@ -4,7 +4,6 @@ What it does: quantizes MODEL by each method at each number of bits, with the in
 calibrates it on LEARN (its last pieces choose and judge), and measures four arms on TEXT: the quantized model with its
 own prefix, with the intact one, with the calibrated one, and the full model. Rows are written as they are done, and a
 run that was stopped goes on after the last whole row. What it gives up: one model, one seed, one learning rate for all.
-Peak memory is the process's own (VmHWM) above what both models and the program take, so it holds for Linux only.
 """
 
 from __future__ import annotations
@@ -31,8 +30,8 @@ HEAD = "A reader opens an encyclopaedia and finds an article about places, peopl
 HEAD += "rivers and the years in which all of these things happened."
 HEADER = (
     "| method | bits | prefix | objective | KL own | intact | calibrated | closed, intact % | closed, calibrated % "
-    "| calibrated − intact, KL | PPL full | own | intact | calibrated | best step | adopted | s | MiB |\n"
-    "|---|---:|---:|---|---:|---:|---:|---|---|---|---:|---:|---:|---:|---:|---|---:|---:|\n"
+    "| calibrated − intact, KL | PPL full | own | intact | calibrated | best step | adopted | s |\n"
+    "|---|---:|---:|---|---:|---:|---:|---|---|---|---:|---:|---:|---:|---:|---|---:|\n"
 )
 
 
@@ -100,10 +99,9 @@ def _shortened(kv: IntactKV, length: int) -> IntactKV:
 
 def _row(full: Any, model: Any, kv: IntactKV, data: tuple[Any, Windows], settings: Settings) -> str:
     """Calibrate and measure: the figures of one row. The calibrated arm is shown also where it was not adopted."""
-    before = _peak(reset=True)
     began = perf_counter()
     calibrated = calibrate(kv, model, full, split(data[0], held_out=20), settings=settings)
-    seconds, memory = perf_counter() - began, _peak() - before
+    seconds = perf_counter() - began
     about = calibrated.provenance["calibration"]
     arms = [Arm("own", model), Arm("intact", model, kv), Arm("calibrated", model, calibrated)]
     found = evaluate(full, arms, data[1], block_mse=False)
@@ -114,16 +112,8 @@ def _row(full: Any, model: Any, kv: IntactKV, data: tuple[Any, Windows], setting
     less = found.difference(own="calibrated", intact="intact")["kl_mean"]
     paired = f"{less.value:+.4f} [{less.low:+.4f}, {less.high:+.4f}]"
     ppl = [f"{table[arm]['perplexity']:.2f}" for arm in ("full", "own", "intact", "calibrated")]
-    end = [str(about["best_step"]), "yes" if about["adopted"] else "no", f"{seconds:.0f}", f"{memory:.0f}"]
+    end = [str(about["best_step"]), "yes" if about["adopted"] else "no", f"{seconds:.0f}"]
     return " | ".join([*kl, *shares, paired, *ppl, *end])
-
-
-def _peak(*, reset: bool = False) -> float:
-    """The process's largest resident size so far in MiB; `reset` starts counting anew and gives the present size."""
-    if reset:
-        Path("/proc/self/clear_refs").write_text("5")
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
 
 
 if __name__ == "__main__":

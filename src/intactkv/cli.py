@@ -1,4 +1,4 @@
-"""The command line: capture, check, eval, generate, demo. Errors are one sentence on stderr and exit code 1."""
+"""The command line, a thin one. Errors are one sentence on stderr and exit code 1."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ from rich.progress import Progress
 from transformers import PreTrainedTokenizerBase
 
 from intactkv.basis import align, basis, describe
+from intactkv.calibrate import Settings
+from intactkv.calibrate import command as calibration
+from intactkv.calibrate.processes import is_main
 from intactkv.capture import capture, tokenizer_digest
 from intactkv.demo.run import run as run_demo
 from intactkv.evaluate import paper_windows, prefixed_windows, three_arms
@@ -127,6 +130,47 @@ def eval_command(
         write_json(
             out, {"model": model, "full": full, "kv": str(kv), "provenance": dict(artifact.provenance), **figures}
         )
+
+
+@app.command("calibrate")
+def calibrate_command(
+    model: Model,
+    full: Full,
+    kv: KV,
+    data: Annotated[Path, typer.Option(help="Conversations (.json, .jsonl) or a UTF-8 text.", metavar="FILE")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The file to write.", metavar="KV2")],
+    objective: Annotated[str, typer.Option(help="`blocks` (the paper's), `kl`, or `both`.")] = "blocks",
+    learning_rate: Annotated[float, typer.Option(help="AdamW's; the default is the paper's.")] = 2e-4,
+    steps: Annotated[int, typer.Option(help="Steps of training.")] = 160,
+    batch_size: Annotated[int, typer.Option(help="Samples in a step.")] = 16,
+    samples: Annotated[int, typer.Option(help="Samples to learn from.", min=1)] = 128,
+    held_out: Annotated[int, typer.Option(help="Samples that choose the step and judge it.", min=3)] = 40,
+    length: Annotated[int, typer.Option(help="Tokens of a sample, prefix included.")] = 1024,
+    values_only: Annotated[bool, typer.Option("--values-only", help="Train the values, keep the keys.")] = False,
+    system: Annotated[str | None, typer.Option(help="The system prompt of conversations that have none.")] = None,
+    spool: Annotated[
+        Path | None, typer.Option(help="Keep the full model's targets in this folder, and only one model in memory.")
+    ] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="A file to resume from after a stop.", metavar="FILE")] = None,
+    seed: Annotated[int, typer.Option(help="The seed of the order of samples.")] = 0,
+) -> None:
+    """Train the intact KV to absorb what is left of MODEL's quantization error; keep it only if that helps."""
+    if objective not in calibration.OBJECTIVES:
+        raise IntactKVError(f"--objective {objective!r} is not known; use {', '.join(calibration.OBJECTIVES)}")
+    artifact = IntactKV.load(kv)
+    _check_tokenizer(artifact, load_tokenizer(full), full)
+    found = calibration.run(
+        model, full, artifact,
+        data=calibration.Data(data, samples, held_out, length, seed, system),
+        settings=Settings(
+            objective=calibration.OBJECTIVES[objective], learning_rate=learning_rate, steps=steps, seed=seed,
+            batch_size=batch_size, parts=("value",) if values_only else ("key", "value"),
+        ),
+        places=calibration.Places(spool, checkpoint), console=console,
+    )  # fmt: skip
+    if is_main():
+        found.save(out)
+        console.print(f"written: {out}")
 
 
 @app.command("generate")

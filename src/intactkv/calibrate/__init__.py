@@ -3,8 +3,9 @@
 from intactkv.calibrate.conversations import conversation_samples
 from intactkv.calibrate.objective import Objective
 from intactkv.calibrate.samples import Sample, Samples, Split, split, text_samples
+from intactkv.calibrate.step import Settings
 from intactkv.calibrate.targets import Spool, spool, spool_bytes
-from intactkv.calibrate.train import Report, Settings, calibrate
+from intactkv.calibrate.train import Report, calibrate
 
 __all__ = [
     "Objective",

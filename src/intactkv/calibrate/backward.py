@@ -111,8 +111,8 @@ def _is_linear(module: nn.Module) -> bool:
 
 def passes_gradient(module: nn.Module, model: PreTrainedModel) -> bool:
     """Whether a gradient of the module's output reaches its input."""
-    x = torch.ones(1, module.in_features, device=model.device, dtype=model.dtype)  # type: ignore[arg-type]
-    x = (x + torch.arange(x.shape[1], device=x.device) % 3).requires_grad_()
+    size: Any = module.in_features
+    x = (1 + torch.arange(size, device=model.device) % 3).to(model.dtype)[None].requires_grad_()
     try:
         with torch.enable_grad():
             (gradient,) = torch.autograd.grad(module(x).float().square().sum(), x, allow_unused=True)
@@ -125,7 +125,7 @@ def passes_gradient(module: nn.Module, model: PreTrainedModel) -> bool:
 def effective_weight(module: nn.Module, model: PreTrainedModel) -> Float[Tensor, "in out"]:
     """The matrix that the module's kernel multiplies by, read off the identity, in the model's dtype."""
     size: Any = module.in_features
-    like = {"device": model.device, "dtype": model.dtype}
+    like: dict[str, Any] = {"device": model.device, "dtype": model.dtype}
     bias = module(torch.zeros(1, size, **like))
     rows = []
     for start in range(0, size, _ROWS):

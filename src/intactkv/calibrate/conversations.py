@@ -56,7 +56,8 @@ def conversation_samples(
         raise IntactKVError(
             f"{tokenizer.name_or_path} has no chat template; give plain text, or a tokenizer that has one"
         )
-    head, skipped, chosen = list(map(int, prefix)), defaultdict(list), []
+    head, chosen = list(map(int, prefix)), list[Sample]()
+    skipped: dict[str, list[str]] = defaultdict(list)
     rows = _rows(Path(path), skipped)
     random.Random(seed).shuffle(rows)
     for name, row in rows:

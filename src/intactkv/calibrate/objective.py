@@ -29,7 +29,7 @@ class Objective:
     def __post_init__(self) -> None:
         if self.blocks < 0 or self.kl < 0 or self.blocks + self.kl == 0:
             raise IntactKVError(
-                f"the objective weighs blocks by {self.blocks} and KL by {self.kl}; give weights of 0 or more, one above 0"
+                f"the objective weighs blocks by {self.blocks} and KL by {self.kl}; give one above 0 and none below"
             )
 
     def sums(self, full: Outputs, own: Outputs) -> tuple[Tensor | None, Tensor | None]:

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -68,7 +69,8 @@ def outputs(model: PreTrainedModel, batch: Batch, *, blocks: bool, logits: bool)
     keeps = "logits_to_keep" in inspect.signature(model.forward).parameters  # the head is dear: only what is needed
     if keeps:
         arguments["logits_to_keep"] = columns.to(model.device)
-    with recorded_outputs(model) if blocks else nullcontext({}) as recorded:
+    recording: Any = recorded_outputs(model) if blocks else nullcontext({})
+    with recording as recorded:
         given = model(input_ids=batch.ids.to(model.device), use_cache=False, **arguments).logits
     picked = None
     if logits:

@@ -42,6 +42,11 @@ class Live:
         """The full model's outputs for `samples`, with its own prefix."""
         return outputs(self.full, batched(samples, prefix=self.prefix), blocks=blocks, logits=logits)
 
+    @property
+    def weights(self) -> str:
+        """The digest of the full model's weights."""
+        return weights_digest(self.full)
+
 
 @dataclass(frozen=True, eq=False)
 class Spool:

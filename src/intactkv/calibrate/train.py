@@ -1,8 +1,7 @@
 """Train the keys and values of an intact prefix to absorb what is left of the quantization error.
 
-AdamW on nothing but the keys and values; the quantized model is frozen and its blocks are checkpointed; one
-micro-batch of activations is alive at a time. The order of samples follows from the seed and the step alone, so a
-resumed run needs no more than its state. What this gives up: a calibrated artifact fits one quantized model only.
+AdamW on nothing but the keys and values; the quantized model is frozen and its blocks are checkpointed. A resumed run
+needs no more than its state. What this gives up: a calibrated artifact fits one quantized model only.
 
 Source: Liu et al., "IntactKV", Findings of ACL 2024, arXiv 2403.01241, section 3.3.
 """
@@ -11,10 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -24,50 +22,17 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from intactkv.attach import attach
-from intactkv.calibrate.backward import backend_name, checkpointing, frozen, straight_through
+from intactkv.calibrate.backward import backend_name, frozen, straight_through
 from intactkv.calibrate.judge import held_out_metrics, verdict_of
-from intactkv.calibrate.objective import Objective
-from intactkv.calibrate.outputs import Batch, batched, outputs
-from intactkv.calibrate.processes import grouped, is_main, share, sum_, wait
-from intactkv.calibrate.samples import Sample, Split
+from intactkv.calibrate.outputs import batched
+from intactkv.calibrate.processes import grouped, is_main, wait
+from intactkv.calibrate.samples import Split
 from intactkv.calibrate.state import State, load_state_, save_state
+from intactkv.calibrate.step import Settings, gradients_, order, step_, with_tensors
 from intactkv.calibrate.targets import Live, Spool
 from intactkv.kv import IntactKV, IntactKVError, weights_digest
 
 _SAVE_SECONDS = 30.0
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How to calibrate. The defaults are the paper's, but for `clip`, `check_every` and `patience`, which are ours.
-
-    `batch_size` samples make a step, `micro_batch` of them are in a forward. Only `parts` ("key", "value") of
-    `layers` (None: all) are trained. Held-out KL is read every `check_every` steps; after `patience` readings
-    without a better one training stops. `checkpoint_blocks` trades a second forward for memory.
-    """
-
-    objective: Objective = field(default_factory=Objective)
-    learning_rate: float = 2e-4
-    steps: int = 160
-    batch_size: int = 16
-    micro_batch: int = 1
-    parts: tuple[str, ...] = ("key", "value")
-    layers: tuple[int, ...] | None = None
-    clip: float = 1.0
-    check_every: int = 20
-    patience: int = 4
-    checkpoint_blocks: bool = True
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "micro_batch", "check_every", "patience"):
-            if getattr(self, name) < 1:
-                raise IntactKVError(f"{name}={getattr(self, name)} is too few; use 1 or more")
-        for name in ("learning_rate", "clip"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise IntactKVError(f"{name}={getattr(self, name)} must be a finite number above 0")
-        if not self.parts or set(self.parts) - {"key", "value"}:
-            raise IntactKVError(f'parts={self.parts} must name "key", "value" or both')
 
 
 @dataclass(frozen=True)
@@ -107,7 +72,8 @@ def calibrate(
     settings = settings or Settings()
     targets = full if isinstance(full, Spool) else Live(full, kv.ids.cpu())
     _check(kv, model, data, settings)
-    job = _job(kv, model, targets, data, settings)
+    identity = _identity(kv, model, targets, data, settings)
+    job = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
     state = _start(kv, model, settings)
     if checkpoint is not None and checkpoint.exists():
         load_state_(state, checkpoint, job=job)
@@ -121,7 +87,16 @@ def calibrate(
         for name, arm in (("own", None), ("before", kv), ("after", trained))
     }
     verdict = verdict_of(arms)
-    about = _about(state, data, targets, model, settings) | {"straight_through": mended} | verdict
+    about = {
+        **identity,
+        "skipped": {reason: len(names) for reason, names in data.train.skipped.items()},
+        "straight_through": mended,
+        "steps": state.step,
+        "best_step": state.best_step,
+        "readings": state.readings,
+        "losses": state.losses,
+        **verdict,
+    }
     return replace(trained if verdict["adopted"] else kv, provenance={**kv.provenance, "calibration": about})
 
 
@@ -147,15 +122,19 @@ def _check(kv: IntactKV, model: PreTrainedModel, data: Split, settings: Settings
         pass
 
 
-def _job(kv: IntactKV, model: PreTrainedModel, targets: Live | Spool, data: Split, settings: Settings) -> str:
-    """A digest of all that decides the result but the number of processes."""
-    parts = [kv.digest, weights_digest(model), str(model.dtype), _full_weights(targets), asdict(settings)]
-    parts += [part.digest for part in (data.train, data.choose, data.judge)]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-
-def _full_weights(targets: Live | Spool) -> str:
-    return targets.weights if isinstance(targets, Spool) else weights_digest(targets.full)
+def _identity(kv: IntactKV, model: PreTrainedModel, targets: Live | Spool, data: Split, settings: Settings) -> Any:
+    """All that decides the result but the number of processes, as JSON data."""
+    found = {
+        "settings": asdict(settings),
+        "data": {
+            name: {"source": part.source, "samples": len(part), "learned_tokens": part.tokens, "digest": part.digest}
+            for name, part in (("train", data.train), ("choose", data.choose), ("judge", data.judge))
+        },
+        "from": kv.digest,
+        "model": {"name": str(model.config.name_or_path), "weights": weights_digest(model), "dtype": str(model.dtype)},
+        "full_weights": targets.weights,
+    }
+    return json.loads(json.dumps(found))
 
 
 def _start(kv: IntactKV, model: PreTrainedModel, settings: Settings) -> State:
@@ -171,20 +150,11 @@ def _start(kv: IntactKV, model: PreTrainedModel, settings: Settings) -> State:
     return State(tensors, optimizer, {name: tensor.detach().clone() for name, tensor in tensors.items()})
 
 
-def _attached(kv: IntactKV, tensors: dict[str, Tensor]) -> IntactKV:
-    """`kv` with some tensors replaced by name."""
-    layers = {
-        i: (tensors.get(f"layers.{i}.key", key), tensors.get(f"layers.{i}.value", value))
-        for i, (key, value) in kv.layers.items()
-    }
-    return replace(kv, layers=layers)
-
-
 def _with(kv: IntactKV, tensors: dict[str, Tensor], model: PreTrainedModel) -> IntactKV:
     """The artifact as it would be saved: no more precise than what it came from and the model that reads it."""
     dtype = torch.promote_types(next(iter(kv.layers.values()))[0].dtype, model.dtype)
     detached = {name: tensor.detach() for name, tensor in tensors.items()}
-    changed = _attached(kv, detached).to(device=kv.ids.device, dtype=dtype)
+    changed = with_tensors(kv, detached).to(device=kv.ids.device, dtype=dtype)
     return replace(changed, logits=kv.logits)
 
 
@@ -197,7 +167,7 @@ def _let_gradients_through(
     def unreached() -> tuple[list[str], str]:
         state = _start(kv, model, first)
         try:
-            _gradients_(state.tensors, kv, model, targets, data.train.rows[:1], first)
+            gradients_(state.tensors, kv, model, targets, data.train.rows[:1], first)
         except RuntimeError as error:  # "does not require grad", "derivative for … is not implemented"
             return list(state.tensors), f" ({str(error).splitlines()[0]})"
         return [name for name, t in state.tensors.items() if t.grad is None or not bool(t.grad.any())], ""
@@ -225,7 +195,7 @@ def _train_(
         _read_(state, kv, model, targets, data)
     while state.step < settings.steps and not state.stopped(settings.patience):
         rows = [data.train.rows[i] for i in order(len(data.train), state.step, settings)]
-        state.losses.append(_step_(state, kv, model, targets, rows, settings))
+        state.losses.append(step_(state, kv, model, targets, rows, settings))
         state.step += 1
         if state.step % settings.check_every == 0 or state.step == settings.steps:
             _read_(state, kv, model, targets, data)
@@ -236,71 +206,6 @@ def _train_(
             each = (monotonic() - began) / (state.step - first)
             left = each * (settings.steps - state.step)
             progress(Report(state.step, settings.steps, state.losses[-1], state.readings[-1][1], left))
-
-
-def order(count: int, step: int, settings: Settings) -> list[int]:
-    """The samples of a step: the next `batch_size` of one shuffle after the other, each drawn from seed and number."""
-    found = []
-    for place in range(step * settings.batch_size, (step + 1) * settings.batch_size):
-        generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + place // count)
-        found.append(int(torch.randperm(count, generator=generator)[place % count]))
-    return found
-
-
-def _step_(
-    state: State, kv: IntactKV, model: PreTrainedModel, targets: Live | Spool, rows: Sequence[Sample],
-    settings: Settings,
-) -> float:  # fmt: skip
-    """One step of AdamW on `rows`; the loss before it."""
-    loss = _gradients_(state.tensors, kv, model, targets, rows, settings)
-    norm = torch.nn.utils.clip_grad_norm_(state.tensors.values(), settings.clip)
-    if not (math.isfinite(loss) and math.isfinite(norm.item())):
-        raise IntactKVError(
-            f"the loss of step {state.step + 1} is {loss} and its gradient's norm {norm.item()}; a checkpoint, if one "
-            "is kept, holds the last good step: use a smaller learning rate, or load the model in bfloat16 or float32"
-        )
-    state.optimizer.step()
-    return loss
-
-
-def _gradients_(
-    tensors: dict[str, Tensor], kv: IntactKV, model: PreTrainedModel, targets: Live | Spool, rows: Sequence[Sample],
-    settings: Settings,
-) -> float:  # fmt: skip
-    """Leave the gradient of the loss over `rows`, summed over all processes, on the tensors; the loss."""
-    prefix, goal = kv.ids.cpu(), settings.objective
-    batches = [list(rows[i : i + settings.micro_batch]) for i in range(0, len(rows), settings.micro_batch)]
-    whole = batched(rows, prefix=prefix)
-    weights = (goal.blocks / max(1, int(whole.learned.sum())), goal.kl / max(1, int(whole.predicting.sum())))
-    total = torch.zeros((), dtype=torch.float64)
-    for tensor in tensors.values():
-        tensor.grad = None
-    for part in share(batches):
-        loss = _loss(_attached(kv, tensors), model, targets, part, goal, weights, settings.checkpoint_blocks)
-        total += loss
-    gradients = [torch.zeros_like(t) if t.grad is None else t.grad for t in tensors.values()]
-    if grouped():
-        sum_(gradients)
-        sum_([total])
-        for tensor, gradient in zip(tensors.values(), gradients, strict=True):
-            tensor.grad = gradient
-    return total.item()
-
-
-def _loss(
-    kv: IntactKV, model: PreTrainedModel, targets: Live | Spool, rows: list[Sample], goal: Objective,
-    weights: tuple[float, float], checkpoint: bool,
-) -> float:  # fmt: skip
-    """Forward and backward of one micro-batch; its part of the loss."""
-    batch: Batch = batched(rows, prefix=kv.ids.cpu())
-    wanted: dict[str, Any] = {"blocks": goal.blocks > 0, "logits": goal.kl > 0}
-    full = targets.of(rows, **wanted)
-    with checkpointing(model, on=checkpoint), attach(model, kv, check=False):
-        own = outputs(model, batch, **wanted)
-        parts = zip(weights, goal.sums(full, own), strict=True)
-        loss = torch.stack([weight * part for weight, part in parts if part is not None]).sum()
-        loss.backward()
-    return loss.item()
 
 
 def _read_(state: State, kv: IntactKV, model: PreTrainedModel, targets: Live | Spool, data: Split) -> None:
@@ -326,23 +231,3 @@ class _Keeper:
     def sometimes(self, state: State) -> None:
         if not grouped() and monotonic() - self.last > _SAVE_SECONDS:  # processes' clocks differ
             self.now(state)
-
-
-def _about(
-    state: State, data: Split, targets: Live | Spool, model: PreTrainedModel, settings: Settings
-) -> dict[str, Any]:
-    """What was done, as JSON data."""
-    return {
-        "settings": json.loads(json.dumps(asdict(settings))),
-        "data": {
-            name: {"source": part.source, "samples": len(part), "learned_tokens": part.tokens, "digest": part.digest}
-            for name, part in (("train", data.train), ("choose", data.choose), ("judge", data.judge))
-        },
-        "skipped": {reason: len(names) for reason, names in data.train.skipped.items()},
-        "model": {"name": str(model.config.name_or_path), "weights": weights_digest(model)},
-        "full_weights": _full_weights(targets),
-        "steps": state.step,
-        "best_step": state.best_step,
-        "readings": state.readings,
-        "losses": state.losses,
-    }
