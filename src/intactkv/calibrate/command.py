@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import Progress
 from transformers import PreTrainedModel
@@ -99,7 +100,7 @@ def _process() -> Any:
         from accelerate import PartialState
     except ImportError as error:
         raise IntactKVError("several processes need accelerate: pip install accelerate") from error
-    return PartialState().device
+    return PartialState(cpu=not torch.accelerator.is_available()).device
 
 
 def _samples(data: Data, full: str, kv: IntactKV, console: Console) -> Split:

@@ -1,7 +1,7 @@
 """Several processes that calibrate one artifact: each takes a share of the samples, sums are made over all.
 
 The processes are those of the default group of torch.distributed, which `accelerate.PartialState()` sets up under
-`accelerate launch`. Without a group there is one process and nothing here does anything.
+`accelerate launch` or `torchrun`. Without a group there is one process and nothing here does anything.
 """
 
 from __future__ import annotations
