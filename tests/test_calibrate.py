@@ -483,6 +483,15 @@ def test_checkpoints_by_llm_compressor_calibrate(tmp_path: Path, activation_bits
             assert mended == about["straight_through"]
 
 
+def test_blocks_that_drop_out_in_training_mode_are_not_checkpointed() -> None:
+    full, model, kv = make_pair(by_name("opt"))
+    assert model.config.dropout > 0
+    with pytest.raises(IntactKVError, match="checkpoint_blocks=False"):
+        calibrate(kv, model, full, data(), settings=QUICK)
+    found = calibrate(kv, model, full, data(), settings=replace(QUICK, checkpoint_blocks=False))
+    assert found.provenance["calibration"]["steps"] == QUICK.steps
+
+
 # Several processes
 
 PAIR = """

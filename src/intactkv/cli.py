@@ -147,6 +147,7 @@ def calibrate_command(
     held_out: Annotated[int, typer.Option(help="Samples that choose the step and judge it.", min=3)] = 40,
     length: Annotated[int, typer.Option(help="Tokens of a sample, prefix included.")] = 1024,
     values_only: Annotated[bool, typer.Option("--values-only", help="Train the values, keep the keys.")] = False,
+    checkpoint_blocks: Annotated[bool, typer.Option(help="Compute blocks twice to save memory.")] = True,
     system: Annotated[str | None, typer.Option(help="The system prompt of conversations that have none.")] = None,
     spool: Annotated[
         Path | None, typer.Option(help="Keep the full model's targets in this folder, and only one model in memory.")
@@ -164,7 +165,8 @@ def calibrate_command(
         data=calibration.Data(data, samples, held_out, length, seed, system),
         settings=Settings(
             objective=calibration.OBJECTIVES[objective], learning_rate=learning_rate, steps=steps, seed=seed,
-            batch_size=batch_size, parts=("value",) if values_only else ("key", "value"),
+            batch_size=batch_size, checkpoint_blocks=checkpoint_blocks,
+            parts=("value",) if values_only else ("key", "value"),
         ),
         places=calibration.Places(spool, checkpoint), console=console,
     )  # fmt: skip
@@ -238,3 +240,7 @@ def _check_tokenizer(kv: IntactKV, tokenizer: PreTrainedTokenizerBase, source: s
         raise IntactKVError(
             f"the tokenizer of {source} is not the one the intact KV was captured with; capture it again"
         )
+
+
+if __name__ == "__main__":
+    main()

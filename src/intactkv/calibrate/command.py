@@ -99,7 +99,7 @@ def _process() -> Any:
     try:
         from accelerate import PartialState
     except ImportError as error:
-        raise IntactKVError("several processes need accelerate: pip install accelerate") from error
+        raise IntactKVError("several processes need accelerate: pip install 'intactkv[distributed]'") from error
     return PartialState(cpu=not torch.accelerator.is_available()).device
 
 

@@ -22,9 +22,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from intactkv.attach import attach
-from intactkv.calibrate.backward import backend_name, frozen, straight_through
+from intactkv.calibrate.backward import backend_name, checkpointing, frozen, straight_through
 from intactkv.calibrate.judge import held_out_metrics, verdict_of
-from intactkv.calibrate.outputs import batched
+from intactkv.calibrate.outputs import batched, outputs
 from intactkv.calibrate.processes import grouped, is_main, wait
 from intactkv.calibrate.samples import Split
 from intactkv.calibrate.state import State, load_state_, save_state
@@ -33,6 +33,7 @@ from intactkv.calibrate.targets import Live, Spool
 from intactkv.kv import IntactKV, IntactKVError, weights_digest
 
 _SAVE_SECONDS = 30.0
+_SAME = 0.02  # of the logits' spread; rounding to bfloat16 stays below, dropout of 0.1 is far above
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,8 @@ def calibrate(
     with ExitStack() as stack:
         stack.enter_context(frozen(model))
         mended = _let_gradients_through(stack, kv, model, targets, data, settings)
+        if settings.checkpoint_blocks:
+            _refuse_noise(kv, model, data)
         _train_(state, kv, model, targets, data, settings, _Keeper(checkpoint, job), progress)
     trained = _with(kv, state.best, model)
     arms = {
@@ -179,10 +182,25 @@ def _let_gradients_through(
     if names:
         raise IntactKVError(
             f"no gradient reaches {names[0]} and {len(names) - 1} other tensors through {type(model).__name__} by "
-            f"{backend_name(model)}{why}; calibrate on a dequantized copy of it, train only layers that are reached, "
-            "or see docs/backends.md for a kernel with a backward pass"
+            f"{backend_name(model)}{why}; calibrate on a dequantized copy of it, without checkpointing its blocks, or "
+            "with a kernel that has a backward pass (docs/backends.md)"
         )
     return mended
+
+
+@torch.no_grad()
+def _refuse_noise(kv: IntactKV, model: PreTrainedModel, data: Split) -> None:
+    """Refuse blocks that compute something else in training mode, which checkpointing needs: dropout, router noise."""
+    batch, found = batched(data.train.rows[:1], prefix=kv.ids.cpu()), []
+    for on in (False, True):
+        with checkpointing(model, on=on), attach(model, kv, check=False):
+            found.append(outputs(model, batch, blocks=False, logits=True).logits)
+    quiet, noisy = (logits.float() for logits in found if logits is not None)
+    if float((noisy - quiet).std()) > _SAME * float(quiet.std()):
+        raise IntactKVError(
+            f"the blocks of {type(model).__name__} compute something else in training mode (dropout?), in which alone "
+            "they can be checkpointed; set the dropouts of its configuration to 0, or checkpoint_blocks=False"
+        )
 
 
 def _train_(
