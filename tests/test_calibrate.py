@@ -273,7 +273,7 @@ from test_calibrate import QUICK, data
 from models import by_name, make_pair
 from intactkv.calibrate import calibrate
 full, model, kv = make_pair(by_name("llama-gqa"))
-settings = replace(QUICK, steps=40, check_every=1, patience=99)
+settings = replace(QUICK, steps=26, check_every=1, patience=99)
 
 def run(folder):
     child = os.fork()  # nothing has used autograd yet
@@ -287,7 +287,7 @@ def written(folder):
 
 whole, broken = map(Path, sys.argv[1:])
 assert os.waitpid(run(whole), 0)[1] == 0
-for kill in range(5):  # after more checkpoints each time, and a little later after the last of them
+for kill in range(4):  # after more checkpoints each time, and a little later after the last of them
     child, before, seen = run(broken), written(broken), 0
     while seen < 2 + 2 * kill:
         now = written(broken)
