@@ -501,7 +501,7 @@ from accelerate import PartialState
 state = PartialState(cpu=True)
 assert state.num_processes == 2 and state.backend == "gloo", (state.num_processes, state.backend)
 from pathlib import Path
-from test_calibrate import QUICK, BOTH, seen
+from test_calibrate import QUICK, BOTH, kernels, seen
 from models import by_name, make_pair
 from dataclasses import replace
 from intactkv.calibrate import calibrate
@@ -510,6 +510,8 @@ full, model, kv = make_pair(by_name("llama-gqa"))
 state_file, settings = Path({folder!r}, "state"), replace(QUICK, objective=BOTH)
 found = calibrate(kv, model, full, seen(), settings=settings, checkpoint=state_file)
 found.save(Path({folder!r}, f"kv{{state.process_index}}"))
+mended = calibrate(kv, kernels(model), full, seen(), settings=replace(settings, steps=2))
+assert mended.provenance["calibration"]["straight_through"] == {{"Kernel": 21}}  # in both, or they would part ways
 state.destroy_process_group()
 """
 

@@ -105,7 +105,7 @@ def gradients_(
     for tensor in tensors.values():
         tensor.grad = None
     for part in share(batches):
-        loss = _loss(with_tensors(kv, tensors), model, targets, part, goal, weights, settings.checkpoint_blocks)
+        loss = backward_(with_tensors(kv, tensors), model, targets, part, goal, weights, settings.checkpoint_blocks)
         total += loss
     gradients = [torch.zeros_like(t) if t.grad is None else t.grad for t in tensors.values()]
     if grouped():
@@ -116,11 +116,11 @@ def gradients_(
     return total.item()
 
 
-def _loss(
+def backward_(
     kv: IntactKV, model: PreTrainedModel, targets: Live | Spool, rows: list[Sample], goal: Objective,
     weights: tuple[float, float], checkpoint: bool,
 ) -> float:  # fmt: skip
-    """Forward and backward of one micro-batch; its part of the loss."""
+    """Forward and backward of one micro-batch, by this process alone; its part of the loss."""
     batch = batched(rows, prefix=kv.ids.cpu())
     wanted: dict[str, Any] = {"blocks": goal.blocks > 0, "logits": goal.kl > 0}
     full = targets.of(rows, **wanted)

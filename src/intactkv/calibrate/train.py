@@ -28,7 +28,7 @@ from intactkv.calibrate.outputs import batched, outputs
 from intactkv.calibrate.processes import grouped, is_main, wait
 from intactkv.calibrate.samples import Split
 from intactkv.calibrate.state import State, load_state_, save_state
-from intactkv.calibrate.step import Settings, gradients_, order, step_, with_tensors
+from intactkv.calibrate.step import Settings, backward_, order, step_, with_tensors
 from intactkv.calibrate.targets import Live, Spool
 from intactkv.kv import IntactKV, IntactKVError, weights_digest
 
@@ -165,12 +165,12 @@ def _let_gradients_through(
     stack: ExitStack, kv: IntactKV, model: PreTrainedModel, targets: Live | Spool, data: Split, settings: Settings
 ) -> dict[str, int]:
     """See that a gradient reaches every trained layer, if need be by mending kernels while `stack` is open."""
-    first = replace(settings, batch_size=1, micro_batch=1)
 
-    def unreached() -> tuple[list[str], str]:
-        state = _start(kv, model, first)
+    def unreached() -> tuple[list[str], str]:  # every process looks for itself, so that all find the same
+        state, row = _start(kv, model, settings), [data.train.rows[0]]
         try:
-            gradients_(state.tensors, kv, model, targets, data.train.rows[:1], first)
+            own = with_tensors(kv, state.tensors)
+            backward_(own, model, targets, row, settings.objective, (1.0, 1.0), settings.checkpoint_blocks)
         except RuntimeError as error:  # "does not require grad", "derivative for … is not implemented"
             return list(state.tensors), f" ({str(error).splitlines()[0]})"
         return [name for name, t in state.tensors.items() if t.grad is None or not bool(t.grad.any())], ""
