@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import io
 import json
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -315,3 +316,41 @@ def test_check_tells_the_basis_and_writes_the_aligned_kv(demo: tuple[Path, str],
     assert done.returncode == 0, done.stderr
     assert "values rescaled in 12 layers" in done.stdout
     assert IntactKV.load(tmp_path / "aligned").provenance["basis"] == "full, values rescaled in 12 layers"
+
+
+def test_calibrate_writes_a_kv_that_eval_takes_and_resumes(demo: tuple[Path, str], tmp_path: Path) -> None:
+    folder, kv2 = demo[0], tmp_path / "kv2.safetensors"
+    arguments = [
+        "calibrate", folder / "w3", "--full", MODEL, "--kv", folder / "bos.intactkv.safetensors", "--data", TEXT,
+        "-o", kv2, "--objective", "kl", "--learning-rate", "0.01", "--steps", "3", "--batch-size", "2", "--samples",
+        "6", "--held-out", "6", "--length", "64", "--spool", tmp_path / "spool", "--checkpoint", tmp_path / "state",
+    ]  # fmt: skip
+    done = intactkv(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert "12 samples with 756 learned tokens" in done.stdout
+    assert "3 steps, the best after" in " ".join(done.stdout.split())
+    size = sum(f.stat().st_size for f in (tmp_path / "spool").glob("*.safetensors"))
+    stated = int(re.search(r"targets of the full model: ([\d,]+) bytes", done.stdout)[1].replace(",", ""))
+    assert stated < size < stated + 12 * 400
+    first = kv2.read_bytes()
+    again = intactkv(*arguments)  # nothing is left to do but to judge
+    assert again.returncode == 0, again.stderr
+    assert kv2.read_bytes() == first
+    about = IntactKV.load(kv2).provenance["calibration"]
+    assert about["steps"] == 3
+    assert about["data"]["train"]["source"] == str(TEXT)
+
+
+def test_calibrate_says_what_is_wrong(demo: tuple[Path, str], tmp_path: Path) -> None:
+    folder = demo[0]
+    common = ["calibrate", folder / "w3", "--full", MODEL, "--kv", folder / "bos.intactkv.safetensors"]
+    for more, message in (
+        (["--data", TEXT, "--objective", "mse"], "--objective 'mse' is not known"),
+        (["--data", TEXT, "--system", "Be brief."], "--system goes with conversations"),
+        (["--data", tmp_path / "no.json"], "cannot be read"),
+        (["--data", TEXT, "--length", "64", "--steps", "0"], "steps=0"),
+    ):
+        done = intactkv(*common, *more, "-o", tmp_path / "out")
+        assert done.returncode == 1
+        assert message in done.stderr
+        assert not (tmp_path / "out").exists()

@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from intactkv.capturing import capture
     from intactkv.error import IntactKVError
     from intactkv.kv import IntactKV
-    from intactkv.pivots import discover
     from intactkv.packed import PackedCache, Packing, read_packed
+    from intactkv.pivots import discover
     from intactkv.prefix import bos, chat_prefix, text_prefix
 
 _HOME = {

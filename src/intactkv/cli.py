@@ -1,6 +1,7 @@
-"""The command line: capture, quantize, check, eval, generate, doctor, demo. What fails is one sentence and exit code 1.
+"""The command line: capture, quantize, check, eval, calibrate, generate, doctor, demo.
 
-Each command imports what it needs when it runs, so that `--help` does not wait for torch.
+What fails is one sentence and exit code 1. Each command imports what it needs when it runs, so that `--help` does not
+wait for torch.
 """
 
 from __future__ import annotations
@@ -201,6 +202,55 @@ def eval_command(
         )
 
 
+@app.command("calibrate")
+def calibrate_command(
+    model: Model,
+    full: Full,
+    kv: KV,
+    data: Annotated[Path, typer.Option(help="Conversations (.json, .jsonl) or a UTF-8 text.", metavar="FILE")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The file to write.", metavar="KV2")],
+    objective: Annotated[str, typer.Option(help="`blocks` (the paper's), `kl`, or `both`.")] = "blocks",
+    learning_rate: Annotated[float, typer.Option(help="AdamW's; the default is the paper's.")] = 2e-4,
+    steps: Annotated[int, typer.Option(help="Steps of training.")] = 160,
+    batch_size: Annotated[int, typer.Option(help="Samples in a step.")] = 16,
+    samples: Annotated[int, typer.Option(help="Samples to learn from.", min=1)] = 128,
+    held_out: Annotated[int, typer.Option(help="Samples that choose the step and judge it.", min=3)] = 40,
+    length: Annotated[int, typer.Option(help="Tokens of a sample, prefix included.")] = 1024,
+    values_only: Annotated[bool, typer.Option("--values-only", help="Train the values, keep the keys.")] = False,
+    checkpoint_blocks: Annotated[bool, typer.Option(help="Compute blocks twice to save memory.")] = True,
+    system: Annotated[str | None, typer.Option(help="The system prompt of conversations that have none.")] = None,
+    spool: Annotated[
+        Path | None, typer.Option(help="Keep the full model's targets in this folder, and only one model in memory.")
+    ] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="A file to resume from after a stop.", metavar="FILE")] = None,
+    seed: Annotated[int, typer.Option(help="The seed of the order of samples.")] = 0,
+) -> None:
+    """Train the intact KV to absorb what is left of MODEL's quantization error; keep it only if that helps."""
+    from intactkv.calibrate import Settings
+    from intactkv.calibrate import command as calibration
+    from intactkv.calibrate.processes import is_main
+    from intactkv.kv import IntactKV
+    from intactkv.load import load_tokenizer
+
+    if objective not in calibration.OBJECTIVES:
+        raise IntactKVError(f"--objective {objective!r} is not known; use {', '.join(calibration.OBJECTIVES)}")
+    artifact = IntactKV.load(kv)
+    _check_tokenizer(artifact, load_tokenizer(full), full)
+    found = calibration.run(
+        model, full, artifact,
+        data=calibration.Data(data, samples, held_out, length, seed, system),
+        settings=Settings(
+            objective=calibration.OBJECTIVES[objective], learning_rate=learning_rate, steps=steps, seed=seed,
+            batch_size=batch_size, checkpoint_blocks=checkpoint_blocks,
+            parts=("value",) if values_only else ("key", "value"),
+        ),
+        places=calibration.Places(spool, checkpoint), console=console,
+    )  # fmt: skip
+    if is_main():
+        found.save(out)
+        console.print(f"written: {out}")
+
+
 @app.command("generate")
 def generate_command(
     model: Model,
@@ -302,3 +352,7 @@ def _check_tokenizer(kv: IntactKV, tokenizer: PreTrainedTokenizerBase, source: s
         raise IntactKVError(
             f"the tokenizer of {source} is not the one the intact KV was captured with; capture it again"
         )
+
+
+if __name__ == "__main__":
+    main()

@@ -108,3 +108,26 @@ def output_weight(attention: nn.Module) -> Float[Tensor, "joined hidden"] | None
         if isinstance(module, Conv1D):
             return module.weight.detach()
     return None
+
+
+@contextmanager
+def recorded_outputs(model: PreTrainedModel) -> Iterator[dict[int, Tensor]]:
+    """While it is open, a forward leaves every block's output `(batch, token, hidden)` in the dictionary, undetached.
+
+    The last one is the block's own, before the final norm. For one forward: of a checkpointed block only the first
+    run is kept, not its replay in the backward.
+    """
+    outputs: dict[int, Tensor] = {}
+
+    def record(i: int) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            outputs.setdefault(i, output[0] if isinstance(output, tuple) else output)
+
+        return hook
+
+    hooks = [block.register_forward_hook(record(i)) for i, block in enumerate(blocks(model))]
+    try:
+        yield outputs
+    finally:
+        for hook in hooks:
+            hook.remove()

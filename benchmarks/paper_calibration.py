@@ -1,0 +1,107 @@
+"""The paper's calibration beside ours, in a process of its own: seconds per step and peak memory beyond the models.
+
+`held` is the paper's scheme, written anew from its description: the full model's block outputs of *every* sample are
+computed first and held in memory; then the quantized model reads one sample at a time behind a cache that holds the
+trainable keys and values, ½·MSE of every block's output at learned tokens, AdamW, gradients accumulated over a step.
+The other ways are `intactkv.calibrate`. What this gives up: the quantized model is the full one with noise on its
+weights, which costs the same, and both are small, so that what is held beside them is seen.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import sys
+import tempfile
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from intactkv import bos, capture
+from intactkv.calibrate import Samples, Settings, Split, spool, text_samples
+from intactkv.calibrate.step import order, step_
+from intactkv.calibrate.targets import Live
+from intactkv.calibrate.train import _start
+from intactkv.demo import MODEL, TEXT
+from intactkv.load import load_model, load_tokenizer
+
+
+def main(way: str, samples: int, window: int, steps: int) -> None:
+    """Run one way and print its figures as JSON."""
+    torch.set_num_threads(1)
+    full, tokenizer = load_model(MODEL, dtype=torch.float32), load_tokenizer(MODEL)
+    model = load_model(MODEL, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * parameter.std() * torch.randn(parameter.shape)
+            parameter.requires_grad_(False)
+    kv = capture(full, bos(tokenizer))
+    rows = text_samples(TEXT, tokenizer, prefix=kv.ids, length=window, count=samples).rows
+    rows = (rows * samples)[:samples]
+    settings = Settings(steps=steps, batch_size=8, checkpoint_blocks=way != "spooled, blocks kept")
+    with tempfile.TemporaryDirectory() as folder:
+        if way.startswith("spooled"):
+            unique = Samples(tuple({row.digest: row for row in rows}.values()))
+            targets: Any = spool(full, Split(unique, Samples(rows[:1]), Samples(rows[:2])), folder, prefix=kv.ids)
+        elif way == "live":
+            targets = Live(full, kv.ids)
+        before = _memory(reset=True)
+        if way == "held":
+            seconds = _held(full, model, kv, rows, settings)
+        else:
+            state = _start(kv, model, settings)
+            seconds = []
+            for step in range(steps):
+                began = perf_counter()
+                step_(state, kv, model, targets, [rows[i] for i in order(len(rows), step, settings)], settings)
+                seconds.append(perf_counter() - began)
+        print(json.dumps({"mib": _memory() - before, "seconds": min(seconds)}))
+
+
+def _held(full: Any, model: Any, kv: Any, rows: Any, settings: Settings) -> list[float]:
+    """The paper's scheme; the seconds of every step, the first pass over the full model not counted."""
+    held: list[list[Tensor]] = []
+    outputs: list[Tensor] = []
+    for some in (full, model):
+        for block in some.model.layers:
+            block.register_forward_hook(lambda module, args, output: outputs.append(output))
+    with torch.no_grad():
+        for row in rows:
+            outputs.clear()
+            full(row.ids[None], use_cache=False)
+            held.append([output[0].clone() for output in outputs])
+    layers = [tuple(t.clone().requires_grad_() for t in pair) for pair in kv.layers.values()]
+    optimizer = torch.optim.AdamW([t for pair in layers for t in pair], lr=settings.learning_rate, weight_decay=0.0)
+    seconds = []
+    for step in range(settings.steps):
+        began = perf_counter()
+        for i in order(len(rows), step, settings):
+            cache, learned = DynamicCache(config=model.config), rows[i].learned
+            for layer, (key, value) in enumerate(layers):
+                cache.update(key[None], value[None], layer)
+            outputs.clear()
+            model(rows[i].ids[len(kv) :][None], past_key_values=cache)
+            pairs = zip(outputs, held[i], strict=True)
+            losses = [0.5 * (own[0][learned[len(kv) :]] - want[learned]).square().mean() for own, want in pairs]
+            (torch.stack(losses).mean() / settings.batch_size).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        seconds.append(perf_counter() - began)
+    return seconds
+
+
+def _memory(*, reset: bool = False) -> float:
+    """The process's largest resident size in MiB since the last `reset`, which begins at the present size."""
+    if reset:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], *map(int, sys.argv[2:]))

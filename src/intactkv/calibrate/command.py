@@ -1,0 +1,131 @@
+"""What `intactkv calibrate` does: read the data, load or spool the full model, train, and say what came of it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from transformers import PreTrainedModel
+
+from intactkv.calibrate.conversations import conversation_samples
+from intactkv.calibrate.objective import Objective
+from intactkv.calibrate.processes import is_main, wait
+from intactkv.calibrate.samples import Split, split, text_samples
+from intactkv.calibrate.step import Settings
+from intactkv.calibrate.targets import Spool, spool, spool_bytes
+from intactkv.calibrate.train import Report, calibrate
+from intactkv.kv import IntactKV, IntactKVError
+from intactkv.load import load_model, load_tokenizer
+
+OBJECTIVES = {"blocks": Objective(1, 0), "kl": Objective(0, 1), "both": Objective(1, 1)}
+
+
+@dataclass(frozen=True)
+class Data:
+    """Which samples to take from a file: how many to learn from and to hold out, their length, and how to read them."""
+
+    file: Path
+    samples: int
+    held_out: int
+    length: int
+    seed: int
+    system: str | None
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the targets are spooled, if they are, and where the state is kept to resume from."""
+
+    spool: Path | None
+    checkpoint: Path | None
+
+
+def run(
+    model: str, full: str, kv: IntactKV, *, data: Data, settings: Settings, places: Places, console: Console
+) -> IntactKV:
+    """Calibrate `kv` for `model` from the command line's arguments."""
+    device, console = _process(), console if is_main() else Console(quiet=True)
+    parts = _samples(data, full, kv, console)
+    goal: dict[str, bool] = {"blocks": settings.objective.blocks > 0, "logits": settings.objective.kl > 0}
+    targets: PreTrainedModel | Spool
+    if places.spool is None:
+        with console.status(f"loading {full}"):
+            targets = load_model(full).to(device)
+    else:
+        if is_main():
+            _spool(full, parts, places.spool, kv, goal, console)
+        wait()
+        targets = Spool(places.spool)
+    with console.status(f"loading {model}"):
+        quantized = load_model(model).to(device)
+    with Progress(console=console, transient=True) as bar:
+        task = bar.add_task("calibrating", total=settings.steps)
+
+        def show(now: Report) -> None:
+            text = f"loss {now.loss:.4g}, held-out KL {now.kl:.4f}, {now.seconds_left:.0f} s left"
+            bar.update(task, completed=now.step, description=text)
+
+        found = calibrate(kv, quantized, targets, parts, settings=settings, checkpoint=places.checkpoint, progress=show)
+    for sentence in sentences(found.provenance["calibration"]):
+        console.print(sentence, highlight=False)
+    return found
+
+
+def sentences(about: dict[str, Any]) -> list[str]:
+    """What a calibration found, from its provenance."""
+    kl, less = about["kl"], about["kl_removed"]
+    said = [
+        f"{about['steps']} steps, the best after {about['best_step']}; held-out KL over {about['samples']} samples: "
+        f"{kl['own']:.4f} with the model's own prefix, {kl['before']:.4f} with the intact one, {kl['after']:.4f} "
+        f"calibrated; {less['value']:+.4f} less ({less['low']:+.4f} to {less['high']:+.4f})."
+    ]
+    if about["straight_through"]:
+        names = ", ".join(f"{count} {name}" for name, count in about["straight_through"].items())
+        said.append(f"Kernels without a backward pass were trained through their effective weights: {names}.")
+    if not about["adopted"]:
+        said.append("Calibration does not lower the KL beyond its 95 % interval: the uncalibrated KV is kept.")
+    return said
+
+
+def _process() -> Any:
+    """This process's device; with several, as `accelerate launch` starts them, join their group."""
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        return "cpu"
+    try:
+        from accelerate import PartialState
+    except ImportError as error:
+        raise IntactKVError("several processes need accelerate: pip install 'intactkv[distributed]'") from error
+    return PartialState(cpu=not torch.accelerator.is_available()).device
+
+
+def _samples(data: Data, full: str, kv: IntactKV, console: Console) -> Split:
+    tokenizer = load_tokenizer(full)
+    shape: dict[str, Any] = {"prefix": kv.ids, "length": data.length, "count": data.samples + data.held_out}
+    if data.file.suffix in (".json", ".jsonl"):
+        found = conversation_samples(data.file, tokenizer, seed=data.seed, system=data.system, **shape)
+    elif data.system is not None:
+        raise IntactKVError(f"--system goes with conversations (.json, .jsonl), and {data.file} is text; leave it out")
+    else:
+        found = text_samples(data.file, tokenizer, **shape)
+    console.print(f"{len(found)} samples with {found.tokens:,} learned tokens", highlight=False)
+    for reason, rows in found.skipped.items():
+        console.print(f"left out: {len(rows)} × {reason} ({', '.join(rows[:5])})", highlight=False, markup=False)
+    return split(found, held_out=data.held_out)
+
+
+def _spool(full: str, parts: Split, folder: Path, kv: IntactKV, goal: dict[str, bool], console: Console) -> None:
+    with console.status(f"loading {full}"):
+        loaded = load_model(full)
+    size = spool_bytes(loaded, parts, prefix=kv.ids, **goal)
+    console.print(f"targets of the full model: {size:,} bytes in {folder}", highlight=False)
+    with Progress(console=console, transient=True) as bar:
+        task = bar.add_task("the full model's targets", total=None)
+        spool(
+            loaded, parts, folder, prefix=kv.ids, **goal,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )  # fmt: skip

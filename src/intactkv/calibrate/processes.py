@@ -1,0 +1,45 @@
+"""Several processes that calibrate one artifact: each takes a share of the samples, sums are made over all.
+
+The processes are those of the default group of torch.distributed, which `accelerate.PartialState()` sets up under
+`accelerate launch` or `torchrun`. Without a group there is one process and nothing here does anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor, distributed
+
+T = TypeVar("T")
+
+
+def grouped() -> bool:
+    """Whether there is a group of processes."""
+    return distributed.is_available() and distributed.is_initialized()
+
+
+def is_main() -> bool:
+    """Whether this is the process that writes files."""
+    return not grouped() or distributed.get_rank() == 0
+
+
+def share(items: Sequence[T]) -> Sequence[T]:
+    """Every n-th item, of n processes: this process's part."""
+    return items[distributed.get_rank() :: distributed.get_world_size()] if grouped() else items
+
+
+def sum_(tensors: Sequence[Tensor]) -> None:
+    """Replace the tensors, of one dtype, by their sums over all processes, in one exchange."""
+    if grouped():
+        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+        distributed.all_reduce(flat)
+        for tensor, summed in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+            tensor.copy_(summed.view_as(tensor))
+
+
+def wait() -> None:
+    """Wait until all processes are here."""
+    if grouped():
+        distributed.barrier()

@@ -1,0 +1,132 @@
+"""One step: the gradient of the objective over a few samples, left on the keys and values, and AdamW.
+
+One micro-batch of activations is alive at a time. The order of samples follows from the seed and the step alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from intactkv.attachment import attach
+from intactkv.calibrate.backward import checkpointing
+from intactkv.calibrate.objective import Objective
+from intactkv.calibrate.outputs import batched, outputs
+from intactkv.calibrate.processes import grouped, share, sum_
+from intactkv.calibrate.samples import Sample
+from intactkv.calibrate.state import State
+from intactkv.calibrate.targets import Live, Spool
+from intactkv.kv import IntactKV, IntactKVError
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to calibrate. The defaults are the paper's, but for `clip`, `check_every` and `patience`, which are ours.
+
+    `batch_size` samples make a step, `micro_batch` of them are in a forward. Only `parts` ("key", "value") of
+    `layers` (None: all) are trained. Held-out KL is read every `check_every` steps; after `patience` readings
+    without a better one training stops. `checkpoint_blocks` trades a second forward for memory.
+    """
+
+    objective: Objective = field(default_factory=Objective)
+    learning_rate: float = 2e-4
+    steps: int = 160
+    batch_size: int = 16
+    micro_batch: int = 1
+    parts: tuple[str, ...] = ("key", "value")
+    layers: tuple[int, ...] | None = None
+    clip: float = 1.0
+    check_every: int = 20
+    patience: int = 4
+    checkpoint_blocks: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "micro_batch", "check_every", "patience"):
+            if getattr(self, name) < 1:
+                raise IntactKVError(f"{name}={getattr(self, name)} is too few; use 1 or more")
+        for name in ("learning_rate", "clip"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise IntactKVError(f"{name}={getattr(self, name)} must be a finite number above 0")
+        if not self.parts or set(self.parts) - {"key", "value"}:
+            raise IntactKVError(f'parts={self.parts} must name "key", "value" or both')
+
+
+def with_tensors(kv: IntactKV, tensors: dict[str, Tensor]) -> IntactKV:
+    """`kv` with some tensors replaced by name."""
+    layers = {
+        i: (tensors.get(f"layers.{i}.key", key), tensors.get(f"layers.{i}.value", value))
+        for i, (key, value) in kv.layers.items()
+    }
+    return replace(kv, layers=layers)
+
+
+def order(count: int, step: int, settings: Settings) -> list[int]:
+    """The samples of a step: the next `batch_size` of one shuffle after the other, each drawn from seed and number."""
+    found = []
+    for place in range(step * settings.batch_size, (step + 1) * settings.batch_size):
+        generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + place // count)
+        found.append(int(torch.randperm(count, generator=generator)[place % count]))
+    return found
+
+
+def step_(
+    state: State, kv: IntactKV, model: PreTrainedModel, targets: Live | Spool, rows: Sequence[Sample],
+    settings: Settings,
+) -> float:  # fmt: skip
+    """One step of AdamW on `rows`; the loss before it."""
+    loss = gradients_(state.tensors, kv, model, targets, rows, settings)
+    norm = torch.nn.utils.clip_grad_norm_(state.tensors.values(), settings.clip)
+    if not (math.isfinite(loss) and math.isfinite(norm.item())):
+        raise IntactKVError(
+            f"the loss of step {state.step + 1} is {loss} and its gradient's norm {norm.item()}; a checkpoint, if one "
+            "is kept, holds the last good step: use a smaller learning rate, or load the model in bfloat16 or float32"
+        )
+    state.optimizer.step()
+    return loss
+
+
+def gradients_(
+    tensors: dict[str, Tensor], kv: IntactKV, model: PreTrainedModel, targets: Live | Spool, rows: Sequence[Sample],
+    settings: Settings,
+) -> float:  # fmt: skip
+    """Leave the gradient of the loss over `rows`, summed over all processes, on the tensors; the loss."""
+    prefix, goal = kv.ids.cpu(), settings.objective
+    batches = [list(rows[i : i + settings.micro_batch]) for i in range(0, len(rows), settings.micro_batch)]
+    whole = batched(rows, prefix=prefix)
+    weights = (goal.blocks / max(1, int(whole.learned.sum())), goal.kl / max(1, int(whole.predicting.sum())))
+    total = torch.zeros((), dtype=torch.float64)
+    for tensor in tensors.values():
+        tensor.grad = None
+    for part in share(batches):
+        loss = backward_(with_tensors(kv, tensors), model, targets, part, goal, weights, settings.checkpoint_blocks)
+        total += loss
+    gradients = [torch.zeros_like(t) if t.grad is None else t.grad for t in tensors.values()]
+    if grouped():
+        sum_(gradients)
+        sum_([total])
+        for tensor, gradient in zip(tensors.values(), gradients, strict=True):
+            tensor.grad = gradient
+    return total.item()
+
+
+def backward_(
+    kv: IntactKV, model: PreTrainedModel, targets: Live | Spool, rows: list[Sample], goal: Objective,
+    weights: tuple[float, float], checkpoint: bool,
+) -> float:  # fmt: skip
+    """Forward and backward of one micro-batch, by this process alone; its part of the loss."""
+    batch = batched(rows, prefix=kv.ids.cpu())
+    wanted: dict[str, Any] = {"blocks": goal.blocks > 0, "logits": goal.kl > 0}
+    full = targets.of(rows, **wanted)
+    with checkpointing(model, on=checkpoint), attach(model, kv, check=False):
+        own = outputs(model, batch, **wanted)
+        parts = zip(weights, goal.sums(full, own), strict=True)
+        loss = torch.stack([weight * part for weight, part in parts if part is not None]).sum()
+        loss.backward()
+    return loss.item()
