@@ -7,7 +7,8 @@ layer shows its own rounding only and no direction of the input counts more than
 values is regressing the rows of k_proj and v_proj, norms included. `relate.py` decides what the outcome means.
 
 What this gives up against reading weight rows: three forwards of the full model and two of the other. What it gains:
-it holds for any backend and architecture, fused projections, biases, MLA and online rotations of keys, without dequantizing anything.
+it holds for any backend and architecture, fused projections, biases, MLA and online rotations of keys, without
+dequantizing anything.
 """
 
 from __future__ import annotations
