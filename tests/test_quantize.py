@@ -247,7 +247,7 @@ def test_a_quantized_model_is_refused(tmp_path: Path) -> None:
 
 def test_missing_llm_compressor_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "llmcompressor", None)
-    with pytest.raises(IntactKVError, match=r"pip install 'intactkv\[demo\]'"):
+    with pytest.raises(IntactKVError, match=r"pip install 'intactkv\[quantize\]'"):
         quantize(tiny(), tmp_path / "q", method=RTN())
 
 

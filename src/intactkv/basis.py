@@ -2,13 +2,13 @@
 
 Quantizers may first rewrite a model into an equal one: AWQ moves a scale from v_proj into o_proj, SmoothQuant and
 OmniQuant one between queries and keys, QuaRot and SpinQuant rotate. The function stays, keys and values do not, and
-an intact KV in the wrong basis does harm. Both models are shown the same random tokens; every block of the quantized
-model is given the *full* model's input, so that each layer shows its own rounding only, and each head's keys and
-values are fitted on the full model's: as they are, scaled per channel, rotated. The simplest relation that leaves
-little beyond rounding is taken; where none does, we refuse.
+an intact KV in the wrong basis does harm. Every block of both models is given the same white noise, so that each
+layer shows its own rounding only and no direction of the input counts more than another: then regressing keys and
+values is regressing the rows of k_proj and v_proj, norms included. `relate.py` decides what the outcome means.
 
-What this gives up against reading weight rows: one forward of the full model. What it gains: it holds for any
-backend and architecture, fused projections, biases, MLA and online rotations of keys, without dequantizing anything.
+What this gives up against reading weight rows: three forwards of the full model and two of the other. What it gains:
+it holds for any backend and architecture, fused projections, biases, MLA and online rotations of keys, without
+dequantizing anything.
 """
 
 from __future__ import annotations
@@ -26,28 +26,20 @@ from transformers import PreTrainedModel
 from intactkv.decoder import forced_inputs, recorded_inputs
 from intactkv.kv import IntactKV, IntactKVError
 from intactkv.record import recorded
+from intactkv.relate import FLOOR, MIXED, REFUSE, Halves, Kind, nearest_rotation, relate, rescaled, slopes
 
 # At the door: the model's own keys and values of the prefix against the intact ones, in the layer where they are
 # closest. Rounding to 2 bits leaves 0.5 (of small values at [BOS]); rotated and foreign ones 1 and more.
 DOOR = 0.75
-
-Kind = Literal["same", "scale", "rotation", "other"]
-
-# Rounding errors are themselves linear in a block's input, so a richer relation always explains some of them: the
-# simpler one is taken unless it leaves SLACK times as much. FLOOR is rounding in bfloat16.
-SLACK, FLOOR = 3.0, 1e-5
-# Above this share of unexplained energy a head is not the same head; MIXED and more, of which a free linear map
-# explains nine tenths, is a mixing that is neither scale nor rotation. Set from data, see docs/results.md.
-REFUSE, MIXED = 0.5, 0.05
 
 
 @dataclass(frozen=True)
 class Relation:
     """How one head's keys or values in the quantized model follow from the full model's: `theirs = full @ transform`.
 
-    `residual` is the share of energy that the relation leaves unexplained on held-out tokens (0: none), which is the
-    rounding's own doing if the relation is right; `as_is` the same if nothing is transformed. `transform` is
-    `(dim, dim)`, None for "same" and "other".
+    `residual` is the share of energy that the relation leaves unexplained (0: none), which is the rounding's own
+    doing if the relation is right; `as_is` the same if nothing is transformed. `transform` is `(dim, dim)`, None for
+    "same" and "other".
     """
 
     layer: int
@@ -64,25 +56,57 @@ def basis(
 ) -> list[Relation]:
     """The relation of every layer's and head's keys and values in `model` to those in `full`.
 
-    `windows` are token ids to compare on; by default 8 windows of 128 random ids, seed 0. Raises `IntactKVError`
-    where the two have different layers, heads or widths.
+    `windows` are token ids that the full model is shown to learn the shape and size of each block's input; by default 8
+    windows of 128 random ids, seed 0. Raises `IntactKVError` where the two have different layers, heads or widths.
     """
     if windows is None:
         vocab = full.config.get_text_config(decoder=True).vocab_size
         windows = torch.randint(vocab, (8, 128), generator=torch.Generator().manual_seed(0))
     with torch.no_grad(), recorded_inputs(full) as inputs:
-        ours = recorded(full, windows)
+        recorded(full, windows)
     rotation = residual_rotation(full, model)
-    if rotation is not None:
-        inputs = {i: (x.double() @ rotation.to(x.device)).to(x.dtype) for i, x in inputs.items()}
-    with torch.no_grad(), forced_inputs(model, inputs):
-        theirs = recorded(model, windows)
+    ours, theirs = [], []
+    for half in (0, 1):
+        noise = {i: _noise(x, half, seed=2 * i + half) for i, x in inputs.items()}
+        with torch.no_grad(), forced_inputs(full, noise):
+            ours.append(recorded(full, windows))
+        if rotation is not None:
+            noise = {i: (x.double() @ rotation.to(x.device)).to(x.dtype) for i, x in noise.items()}
+        with torch.no_grad(), forced_inputs(model, noise):
+            theirs.append(recorded(model, windows))
+    _check_shapes(ours[0], theirs[0])
+    relations = []
+    for part, name in enumerate(("key", "value")):
+        rows = {i: (_rows(ours, i, part), _rows(theirs, i, part)) for i in sorted(ours[0])}
+        scaled = dict(zip(rows, rescaled([slopes(a, b) for a, b in rows.values()]), strict=True))
+        for layer, (a, b) in rows.items():
+            for head in range(len(a[0])):
+                kind, residual, as_is, transform = relate(a, b, head, scaled=scaled[layer])
+                relations.append(Relation(layer, name, head, kind, residual, as_is, transform))  # type: ignore[arg-type]
+    return relations
+
+
+def _noise(x: Float[Tensor, "*batch token hidden"], half: int, *, seed: int) -> Float[Tensor, "*batch token hidden"]:
+    """White noise of the shape and size of `x` in one half of the hidden channels, 0 in the other."""
+    white = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed))
+    white, middle = white * float(x.float().square().mean().sqrt()), x.shape[-1] // 2
+    white[..., middle:] *= half
+    white[..., :middle] *= 1 - half
+    return white.to(x.device, x.dtype)
+
+
+def _rows(halves: list[dict[int, tuple[Tensor, Tensor]]], layer: int, part: int) -> Halves:
+    """A layer's keys or values, batch and tokens in one axis, in float64."""
+    first, second = (half[layer][part].double().transpose(0, 1).flatten(1, 2) for half in halves)
+    return first, second
+
+
+def _check_shapes(ours: dict[int, tuple[Tensor, Tensor]], theirs: dict[int, tuple[Tensor, Tensor]]) -> None:
     if ours.keys() != theirs.keys():
         raise IntactKVError(
             f"the full model has keys and values in layers {sorted(ours)}, the quantized one in {sorted(theirs)}; "
             "give the model it was quantized from"
         )
-    relations = []
     for layer in sorted(ours):
         for part, a, b in zip(("key", "value"), ours[layer], theirs[layer], strict=True):
             if a.shape != b.shape:
@@ -90,10 +114,6 @@ def basis(
                     f"layer {layer}'s {part}s have shape {tuple(a.shape)} in the full model and {tuple(b.shape)} in "
                     "the quantized one; give the model it was quantized from"
                 )
-            for head in range(a.shape[1]):
-                kind, residual, as_is, transform = relate(a[:, head].flatten(0, 1), b[:, head].flatten(0, 1))
-                relations.append(Relation(layer, part, head, kind, residual, as_is, transform))  # type: ignore[arg-type]
-    return relations
 
 
 def refuse_foreign(model: PreTrainedModel, kv: IntactKV) -> None:
@@ -157,50 +177,6 @@ def describe(relations: Sequence[Relation]) -> str:
             if layers:
                 parts.append(f"{part}s {word} in {len(layers)} layers")
     return "full, " + ", ".join(parts) if parts else "full"
-
-
-def relate(
-    full: Float[Tensor, "token dim"], model: Float[Tensor, "token dim"]
-) -> tuple[Kind, float, float, Float[Tensor, "dim dim"] | None]:
-    """The simplest relation between two forms of one head's rows, its held-out residual, and that of no change.
-
-    Fitted on every second token and judged on the others, in float64. Pure maths.
-    """
-    a, b = full.double().cpu(), model.double().cpu()
-    (a_fit, a_test), (b_fit, b_test) = (a[::2], a[1::2]), (b[::2], b[1::2])
-
-    def residual(transform: Tensor) -> float:
-        return float((b_test - a_test @ transform).square().sum() / b_test.square().sum().clamp(min=1e-30))
-
-    as_is = residual(torch.eye(a.shape[1], dtype=torch.float64))
-    if as_is <= FLOOR:
-        return "same", as_is, as_is, None
-    scale = torch.diag((a_fit * b_fit).sum(0) / a_fit.square().sum(0).clamp(min=1e-30))
-    rotation = nearest_rotation(a_fit, b_fit)
-    scaled, rotated = residual(scale), residual(rotation)
-    if as_is <= SLACK * min(scaled, rotated):
-        kind, left, transform = "same", as_is, None
-    elif scaled <= SLACK * rotated:
-        kind, left, transform = "scale", scaled, scale
-    else:
-        kind, left, transform = "rotation", rotated, rotation
-    mixed = left > MIXED and residual(torch.linalg.lstsq(a_fit, b_fit).solution) < left / 10
-    if left > REFUSE or mixed:
-        return "other", left, as_is, None
-    return kind, left, as_is, transform  # type: ignore[return-value]
-
-
-def nearest_rotation(a: Float[Tensor, "token dim"], b: Float[Tensor, "token dim"]) -> Float[Tensor, "dim dim"]:
-    """The orthogonal matrix R that minimises ‖b − a R‖ (Procrustes); one close to a Hadamard matrix becomes exact.
-
-    Source: Schönemann, 1966.
-    """
-    u, _, vt = torch.linalg.svd(a.T @ b)
-    rotation = u @ vt
-    snapped = rotation.sign() / len(rotation) ** 0.5
-    close = float((rotation - snapped).abs().max()) < 0.25 / len(rotation) ** 0.5
-    exact = torch.allclose(snapped @ snapped.T, torch.eye(len(rotation), dtype=rotation.dtype), atol=1e-9)
-    return snapped if close and exact else rotation
 
 
 def residual_rotation(full: PreTrainedModel, model: PreTrainedModel) -> Float[Tensor, "hidden hidden"] | None:
