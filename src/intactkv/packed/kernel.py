@@ -5,7 +5,7 @@ codes is multiplied with the matching slice of the query, so that nothing is int
 products: q·(code * scale + low) = scale * (q·code) + low * Σq for scales per token; for scales per channel they go into
 q once for each group of tokens. Products are of half-precision numbers with float32 sums. Codes are counted from the
 middle of their range, which is exact. Queries and weights are brought to the largest one of their program or block
-first, so that half precision's range does not matter; `exact` gives them in two parts, number and remainder.
+first, to stay within half precision's range; `exact` gives them in two parts, number and remainder.
 
 What this gives up: shared scales within a head's numbers (`group_size` below the head's width) and token groups that
 are no multiple of 16, for which `fits` says no and PyTorch does the work.
@@ -127,8 +127,15 @@ def _plane(low, high, PLANE: tl.constexpr, BITS: tl.constexpr, WIDE: tl.constexp
 
 
 @triton.jit
+def _turned(x, scale, low, MIDDLE: tl.constexpr):
+    """`x` with a group's channel scales in it, and x * (low + scale * MIDDLE), to be summed over channels."""
+    s = tl.load(scale).to(tl.float32)
+    return x * s[None, :], x * (tl.load(low).to(tl.float32) + s * MIDDLE)[None, :]
+
+
+@triton.jit
 def _product_t(codes, x, sum_, EXACT: tl.constexpr):
-    """`sum_` + codes @ x for x within ±1 in float32."""
+    """`sum_` + codes @ x for x in float32 and within half precision's range."""
     number = x.to(tl.float16)
     sum_ = tl.dot(codes, number, sum_)
     if EXACT:
@@ -139,7 +146,7 @@ def _product_t(codes, x, sum_, EXACT: tl.constexpr):
 
 @triton.jit
 def _product(x, codes, sum_, EXACT: tl.constexpr):
-    """`sum_` + x @ codes for x within ±1 in float32."""
+    """`sum_` + x @ codes for x in float32 and within half precision's range."""
     number = x.to(tl.float16)
     sum_ = tl.dot(number, codes, sum_)
     if EXACT:  # the remainder in units of 2^-11, so that it is no subnormal number
@@ -217,35 +224,29 @@ def _attend(
         v_high = v_bytes
         if BITS_V == 3:
             v_high = tl.load(v_codes + t[:, None].to(tl.int64) * vt + WV + (jv % (WV // 2))[None, :], there[:, None], 0)
+        x0, x1, x2, x3 = h0, h1, h2, h3
         if TOKEN_GROUP > 0:
             # scales per channel: into the query, once for this block, which lies within one group
             g = (start // TOKEN_GROUP) * kst
-            w0 = q0 * tl.load(k_scale + g + jk).to(tl.float32)[None, :]
-            shift = tl.sum(q0 * tl.load(k_low + g + jk).to(tl.float32)[None, :] + w0 * MIDDLE, 1)
-            w1, w2, w3 = w0, w0, w0
-            top = tl.max(tl.abs(w0), 1)
+            x0, shifts = _turned(h0, k_scale + g + jk, k_low + g + jk, MIDDLE)
             if K >= 2:
-                w1 = q1 * tl.load(k_scale + g + WK + jk).to(tl.float32)[None, :]
-                shift += tl.sum(q1 * tl.load(k_low + g + WK + jk).to(tl.float32)[None, :] + w1 * MIDDLE, 1)
-                top = tl.maximum(top, tl.max(tl.abs(w1), 1))
+                x1, more = _turned(h1, k_scale + g + WK + jk, k_low + g + WK + jk, MIDDLE)
+                shifts += more
             if K == 4:
-                w2 = q2 * tl.load(k_scale + g + 2 * WK + jk).to(tl.float32)[None, :]
-                w3 = q3 * tl.load(k_scale + g + 3 * WK + jk).to(tl.float32)[None, :]
-                shift += tl.sum(q2 * tl.load(k_low + g + 2 * WK + jk).to(tl.float32)[None, :] + w2 * MIDDLE, 1)
-                shift += tl.sum(q3 * tl.load(k_low + g + 3 * WK + jk).to(tl.float32)[None, :] + w3 * MIDDLE, 1)
-                top = tl.maximum(top, tl.maximum(tl.max(tl.abs(w2), 1), tl.max(tl.abs(w3), 1)))
-            top = tl.maximum(top, 1e-30)
-            h0, h1, h2, h3 = w0 / top[:, None], w1 / top[:, None], w2 / top[:, None], w3 / top[:, None]
+                x2, more2 = _turned(h2, k_scale + g + 2 * WK + jk, k_low + g + 2 * WK + jk, MIDDLE)
+                x3, more3 = _turned(h3, k_scale + g + 3 * WK + jk, k_low + g + 3 * WK + jk, MIDDLE)
+                shifts += more2 + more3
+            shift = tl.sum(shifts, 1) * size
         st = tl.zeros((BLOCK, ROWS), tl.float32)
-        st = _product_t(_plane(k_bytes, k_high, 0, BITS, WK, ASM), tl.trans(h0), st, EXACT)
+        st = _product_t(_plane(k_bytes, k_high, 0, BITS, WK, ASM), tl.trans(x0), st, EXACT)
         if K >= 2:
-            st = _product_t(_plane(k_bytes, k_high, 1, BITS, WK, ASM), tl.trans(h1), st, EXACT)
+            st = _product_t(_plane(k_bytes, k_high, 1, BITS, WK, ASM), tl.trans(x1), st, EXACT)
         if K == 4:
-            st = _product_t(_plane(k_bytes, k_high, 2, BITS, WK, ASM), tl.trans(h2), st, EXACT)
-            st = _product_t(_plane(k_bytes, k_high, 3, BITS, WK, ASM), tl.trans(h3), st, EXACT)
+            st = _product_t(_plane(k_bytes, k_high, 2, BITS, WK, ASM), tl.trans(x2), st, EXACT)
+            st = _product_t(_plane(k_bytes, k_high, 3, BITS, WK, ASM), tl.trans(x3), st, EXACT)
         s = tl.trans(st)
         if TOKEN_GROUP > 0:
-            s = s * top[:, None] + shift[:, None]
+            s = s * size + shift[:, None]
         else:
             s = s * (size * scale)[None, :] + sum_q[:, None] * (low + scale * MIDDLE)[None, :]
         if CAP:
