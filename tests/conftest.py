@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
+
+os.environ.setdefault("TRITON_INTERPRET", "1")  # before torch or anything else imports triton
 
 import pytest
 import torch
