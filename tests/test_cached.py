@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,6 +30,7 @@ from intactkv.evaluate.markdown import append_rows, header
 from intactkv.evaluate.records import read_record, write_record
 from intactkv.evaluate.stored import Store
 from intactkv.evaluate.truncated import token_bytes, top, top_metrics
+from intactkv.load import checkpoint_digest
 
 WINDOW, BATCH = 24, 3
 
@@ -364,6 +366,25 @@ def test_a_truncated_cache_says_so_in_table_json_and_markdown(w3: Path, tmp_path
     done = intactkv(*command(w3, "--top", "32"))
     assert done.returncode == 1
     assert "add --cache DIR" in done.stderr
+
+
+def test_a_checkpoints_digest_is_of_its_weights_and_configuration(w3: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(w3, folder)
+    before = checkpoint_digest(folder)
+    assert before == checkpoint_digest(str(w3)) != checkpoint_digest(MODEL)
+    shutil.copy(w3.parent / "kv", folder / "prefix.intactkv.safetensors")  # as `quantize` puts it there
+    assert checkpoint_digest(folder) == before
+    config = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(config.replace("1e-06", "1e-05"))
+    assert checkpoint_digest(folder) != before
+    (folder / "config.json").write_text(config)
+    tamper(folder / "model.safetensors")
+    assert checkpoint_digest(folder) != before
+    (folder / "model.safetensors").unlink()
+    (folder / "prefix.intactkv.safetensors").unlink()
+    with pytest.raises(IntactKVError, match="holds no weights"):
+        checkpoint_digest(folder)
 
 
 def test_several_models_in_one_command(w3: Path, tmp_path: Path) -> None:

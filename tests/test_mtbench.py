@@ -19,7 +19,7 @@ from intactkv import IntactKV, IntactKVError, attach, bos, capture, chat_prefix
 from intactkv.attachment import is_attached
 from intactkv.demo import MODEL
 from intactkv.load import load_model, load_tokenizer
-from intactkv.mtbench.answer import Answerer, Settings, answers
+from intactkv.mtbench.answer import Answerer, Settings, answers, check_prefix
 from intactkv.mtbench.chat import prompt_ids, turn_end
 from intactkv.mtbench.files import AnswerFile, answers_of, read_answers
 from intactkv.mtbench.questions import Question, read_questions
@@ -242,14 +242,18 @@ def test_an_answer_stops_at_the_turns_end(full: Any, tokenizer: Any, questions: 
 def test_prompts_that_do_not_begin_with_the_prefix(
     full: Any, model: Any, tokenizer: Any, questions: list[Question]
 ) -> None:
-    foreign = Answerer(model, tokenizer, SETTINGS, capture(full, [9, 10]))
-    with pytest.raises(IntactKVError, match="so nothing would be intact; capture with --prefix chat"):
-        foreign.check(questions)
+    foreign = capture(full, [9, 10])
+    for attempt in (
+        lambda: check_prefix(tokenizer, foreign, questions, system=None),
+        lambda: said(Answerer(model, tokenizer, SETTINGS, foreign), questions),
+    ):
+        with pytest.raises(IntactKVError, match="so nothing would be intact; capture with --prefix chat"):
+            attempt()
     longer = [*chat_prefix(tokenizer), *tokenizer(" Describe", add_special_tokens=False).input_ids]
     partly = Answerer(model, tokenizer, SETTINGS, capture(full, longer))
-    partly.check(questions)
+    check_prefix(tokenizer, capture(full, longer), questions, system=None)
     said(partly, questions)
-    assert partly.shared == {len(longer): 2, len(longer) - 1: 8}
+    assert partly.shared == {len(longer): 2, len(chat_prefix(tokenizer)): 8}
     alone = Answerer(model, tokenizer, SETTINGS, capture(full, bos(tokenizer)))
     said(alone, questions)
     assert alone.shared == {1: 10}
@@ -359,6 +363,14 @@ def test_the_command_writes_three_arms_and_goes_on_after_a_stop(
     done = intactkv(*command, "-o", tmp_path / "parts", "--seed", "1")
     assert done.returncode == 1
     assert "made otherwise (seed differ)" in " ".join(done.stderr.split())
+    done = intactkv(*command, "-o", tmp_path / "elsewhere", "--device", "nowhere")
+    assert done.returncode == 1
+    assert "cannot be put on --device nowhere" in " ".join(done.stderr.split())
+    capture(load_model(MODEL), [9]).save(tmp_path / "foreign")
+    done = intactkv(*command, "-o", tmp_path / "elsewhere", "--kv", tmp_path / "foreign")
+    assert done.returncode == 1
+    assert "so nothing would be intact" in " ".join(done.stderr.split())
+    assert not (tmp_path / "elsewhere/model_answer/model.jsonl").exists()
     done = intactkv(*command, "-o", tmp_path / "parts", "--arms", "full,best")
     assert done.returncode == 1
     assert "--arms names 'best'" in done.stderr

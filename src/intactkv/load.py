@@ -94,6 +94,17 @@ def _restore_transforms_(model: PreTrainedModel, source: str | os.PathLike[str],
     return set(tensors)
 
 
+def load_model_on(source: str | os.PathLike[str], device: str) -> PreTrainedModel:
+    """As `load_model`, on a device by its name. Raises `IntactKVError` where torch cannot put it there."""
+    model: Any = load_model(source)
+    try:
+        return model.to(torch.device(device))
+    except (RuntimeError, ValueError, AssertionError) as error:
+        raise IntactKVError(
+            f"{source} cannot be put on --device {device} ({_first_line(error)}); use cpu, or one that torch sees"
+        ) from error
+
+
 def load_tokenizer(source: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder or hub name. Raises `IntactKVError` where there is none."""
     _check_exists(source)
@@ -122,7 +133,8 @@ def checkpoint_digest(source: str | os.PathLike[str]) -> str:
     _check_exists(source)
     try:
         folder = Path(source if Path(source).is_dir() else _downloaded(str(source)))
-        files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+        beside = set(folder.glob("*.intactkv.safetensors"))  # an intact KV that `quantize` put there is no weight
+        files = sorted(set(folder.glob("*.safetensors")) - beside) or sorted(folder.glob("*.bin"))
         if not files:
             raise IntactKVError(
                 f"{source} holds no weights (*.safetensors or *.bin); give a model's folder or Hub name"

@@ -8,10 +8,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import Progress
-from transformers import PreTrainedModel
 
 from intactkv.capturing import check_tokenizer
 from intactkv.evaluate.cached import Checkpoint, StoredArm, Traces, evaluate_cached
@@ -20,7 +18,7 @@ from intactkv.evaluate.markdown import append_rows, header, row
 from intactkv.evaluate.stored import Store
 from intactkv.evaluate.windows import Windows, paper_windows, prefixed_windows
 from intactkv.kv import IntactKV, IntactKVError
-from intactkv.load import checkpoint_digest, load_model, load_tokenizer, read_text
+from intactkv.load import checkpoint_digest, load_model_on, load_tokenizer, read_text
 from intactkv.report import arms_table, sentences, write_json
 
 
@@ -147,10 +145,6 @@ def _windows(quantized: Sequence[Quantized], full: str, protocol: Protocol) -> W
     return Windows(windows.ids[: protocol.windows], windows.scored[: protocol.windows])
 
 
-def _load(source: str, protocol: Protocol) -> PreTrainedModel:
-    return load_model(source).to(torch.device(protocol.device))  # type: ignore[arg-type]
-
-
 def _loaded_as(digest: str, protocol: Protocol) -> str:
     return sha256(f"{digest} as stored on {protocol.device}".encode()).hexdigest()
 
@@ -160,9 +154,11 @@ def _in_memory(
 ) -> Evaluation:
     arms: list[Arm] = []
     for q in quantized:
-        model, alone = _load(q.source, protocol), len(quantized) == 1
+        model, alone = load_model_on(q.source, protocol.device), len(quantized) == 1
         arms += [Arm(q.arm("own", alone), model), Arm(q.arm("intact", alone), model, q.kv)]
-    return evaluate(_load(full, protocol), arms, windows, batch_size=protocol.batch_size, progress=progress)
+    return evaluate(
+        load_model_on(full, protocol.device), arms, windows, batch_size=protocol.batch_size, progress=progress
+    )
 
 
 def _on_disk(
@@ -173,7 +169,7 @@ def _on_disk(
     arms: list[StoredArm] = []
 
     def checkpoint(source: str) -> Checkpoint:
-        return Checkpoint(_loaded_as(digests[source], protocol), lambda: _load(source, protocol))
+        return Checkpoint(_loaded_as(digests[source], protocol), lambda: load_model_on(source, protocol.device))
 
     for q in quantized:
         made, alone = checkpoint(q.source), len(quantized) == 1

@@ -51,16 +51,12 @@ class Answerer:
     shared: dict[int, int] = field(default_factory=dict)
 
     def check(self, questions: Sequence[Question]) -> None:
-        """Raise `IntactKVError` where a question does not fit the model's positions or does not begin with the prefix.
-
-        A prompt that shares only a part of the prefix passes: it gets that part intact.
-        """
+        """Raise `IntactKVError` where a question and its answers do not fit the model's positions."""
         limit = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
         fits: dict[int | str, int] = {}
         for question in questions:
             blank = [""] * (len(question.turns) - 1)
             length = len(prompt_ids(self.tokenizer, question.turns, blank, system=self.settings.system))
-            self._shared(prompt_ids(self.tokenizer, question.turns[:1], [], system=self.settings.system), question)
             if limit is not None:
                 fits[question.id] = (limit - length) // len(question.turns)
         tight = min(fits, key=lambda name: fits[name], default=None)
@@ -81,24 +77,12 @@ class Answerer:
                 for i in rows
             ]
             for i, prompt in zip(rows, prompts, strict=True):
-                shared = self._shared(prompt, questions[i])
-                self.shared[shared] = self.shared.get(shared, 0) + 1
+                if self.kv is not None:
+                    shared = shared_tokens(prompt, self.kv, questions[i])
+                    self.shared[shared] = self.shared.get(shared, 0) + 1
             for i, text in zip(rows, self._generate([questions[i] for i in rows], prompts, turn), strict=True):
                 said[i].append(text)
         return said
-
-    def _shared(self, prompt: list[int], question: Question) -> int:
-        """How many tokens of the intact prefix a prompt begins with; refuses a prompt that begins with none."""
-        if self.kv is None:
-            return 0
-        prefix = self.kv.ids.tolist()
-        shared = next((i for i, (a, b) in enumerate(zip(prefix, prompt, strict=False)) if a != b), len(prefix))
-        if shared == 0:
-            raise IntactKVError(
-                f"the prompt of question {question.id} begins with the token {prompt[0]}, the intact prefix with "
-                f"{prefix[0]}, so nothing would be intact; capture with --prefix chat"
-            )
-        return min(shared, len(prompt))
 
     def _generate(self, questions: Sequence[Question], prompts: Sequence[list[int]], turn: int) -> list[str]:
         limit = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
@@ -131,6 +115,30 @@ class Answerer:
 
     def _intact(self) -> Any:
         return nullcontext() if self.kv is None else attach(self.model, self.kv)
+
+
+def check_prefix(
+    tokenizer: PreTrainedTokenizerBase, kv: IntactKV, questions: Sequence[Question], *, system: str | None
+) -> None:
+    """Raise `IntactKVError` where a first turn's prompt shares nothing with the intact prefix."""
+    for question in questions:
+        shared_tokens(prompt_ids(tokenizer, question.turns[:1], [], system=system), kv, question)
+
+
+def shared_tokens(prompt: list[int], kv: IntactKV, question: Question) -> int:
+    """How many tokens of the intact prefix a prompt begins with: those are intact.
+
+    Raises `IntactKVError` where it is none.
+    """
+    prefix = kv.ids.tolist()
+    pairs = enumerate(zip(prefix, prompt, strict=False))
+    shared = next((i for i, (a, b) in pairs if a != b), min(len(prefix), len(prompt)))
+    if shared == 0:
+        raise IntactKVError(
+            f"the prompt of question {question.id} begins with the token {prompt[0]}, the intact prefix with "
+            f"{prefix[0]}, so nothing would be intact; capture with --prefix chat"
+        )
+    return shared
 
 
 def answers(

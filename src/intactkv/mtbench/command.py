@@ -9,15 +9,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import Progress
 
 from intactkv.capturing import check_tokenizer, tokenizer_digest
 from intactkv.evaluate.markdown import append_rows
 from intactkv.kv import IntactKV, IntactKVError
-from intactkv.load import checkpoint_digest, load_model, load_tokenizer
-from intactkv.mtbench.answer import Answerer, Settings, answers
+from intactkv.load import checkpoint_digest, load_model_on, load_tokenizer
+from intactkv.mtbench.answer import Answerer, Settings, answers, check_prefix
 from intactkv.mtbench.files import AnswerFile, answers_of, judgment_path
 from intactkv.mtbench.judge import Endpoint
 from intactkv.mtbench.judge import judge as run_judge
@@ -58,6 +57,8 @@ def answer(
     tokenizer = load_tokenizer(models.full)
     check_tokenizer(kv, tokenizer, models.full)
     tokenizer.name_or_path = models.full
+    if "intact" in arms:
+        check_prefix(tokenizer, kv, questions, system=settings.system)  # before the other arms take their hours
     how = {
         **{name: value for name, value in asdict(settings).items() if name != "batch_size"},
         "tokenizer": tokenizer_digest(tokenizer),
@@ -79,7 +80,7 @@ def answer(
             console.print(f"{source}: all {len(questions)} questions are answered in {out}", highlight=False)
             continue
         with console.status(f"loading {source}"):
-            model = load_model(source).to(torch.device(models.device))  # type: ignore[arg-type]
+            model = load_model_on(source, models.device)
         for arm in chosen:
             answerer = Answerer(model, tokenizer, settings, kv if arm == "intact" else None)
             _answer_arm(answerer, questions, files[arm], opened[arm], console)
@@ -156,6 +157,7 @@ def show(
     console.print(means_table(found, title=f"{judge_name} on {len(questions)} questions: mean grade"))
     if found["pairs"]:
         console.print(differences_table(found, title="difference on the same questions [95 %]"))
+        console.print("Each interval stands alone: where nothing differs, one in twenty leaves 0 out.", highlight=False)
     for model, names in found["ungraded"].items():
         if names:
             some = ", ".join(map(str, names[:10])) + (", …" if len(names) > 10 else "")

@@ -48,7 +48,7 @@ class AnswerFile:
             if differs:
                 raise IntactKVError(
                     f"{self.path} holds answers that were made otherwise ({', '.join(differs[:5])} differ); name "
-                    "another folder, or remove it"
+                    "another folder, another --name, or remove it"
                 )
             texts = {**asked, **texts}
         about.parent.mkdir(parents=True, exist_ok=True)
