@@ -27,7 +27,7 @@ def means_table(summary: dict[str, Any], *, title: str) -> Table:
 
 def differences_table(summary: dict[str, Any], *, title: str) -> Table:
     """The second model's mean grade minus the first's, on the same questions, with paired 95 % intervals."""
-    table = Table(box=SIMPLE, title=title, padding=(0, 1))
+    table = Table(box=SIMPLE, title=title, padding=(0, 1, 0, 0))
     table.add_column("", no_wrap=True)
     for pair in summary["pairs"]:
         table.add_column(f"{pair['second']} − {pair['first']}", justify="right")
