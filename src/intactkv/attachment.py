@@ -207,7 +207,7 @@ class Attachment:
     ) -> _Plan:
         """Locate the prefix in this call's tokens, update `progress`, and refuse what cannot be right."""
         ids = _ids(arguments, past, progress)
-        length, prefix = ids.shape[1], self.kv.ids.to(ids.device)
+        length, prefix = ids.shape[1], self._intact.ids(ids.device)
         mask, given = as_tensor(arguments.get("attention_mask")), arguments.get("position_ids")
         if past == 0 and _unpadded(mask, given, ids):
             return self._plan_unpadded(ids, prefix, progress)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import QuantizedLayer
@@ -23,6 +23,23 @@ class IntactTensors:
     def __init__(self, kv: IntactKV) -> None:
         self.kv = kv
         self._placed: dict[Any, tuple[Tensor, Tensor]] = {}
+        self._ids: dict[torch.device, Tensor] = {}
+        self._logits: dict[Any, Tensor] = {}
+
+    def ids(self, device: torch.device) -> Int[Tensor, "prefix"]:
+        """The prefix on a device."""
+        if device not in self._ids:
+            with torch.inference_mode(False):
+                self._ids[device] = self.kv.ids.to(device)
+        return self._ids[device]
+
+    def logits(self, output: Tensor) -> Float[Tensor, "prefix vocab"]:
+        """The prefix's logits on the device and in the dtype of `output`."""
+        place = (output.device, output.dtype)
+        if place not in self._logits:
+            with torch.inference_mode(False):
+                self._logits[place] = self.kv.logits.to(*place)
+        return self._logits[place]
 
     def like(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Key and value of `layer`, `(prefix, head, dim)`, each on the device and in the dtype of what is given."""
@@ -134,26 +151,26 @@ class Substitution:
 
     def logits(self, output: Float[Tensor, "batch kept vocab"]) -> Float[Tensor, "batch kept vocab"]:
         """The output embedding's result with the artifact's logits at prefix positions; in place if nothing learns."""
+        keep = self.logits_to_keep
+        if isinstance(keep, int) and keep and 0 < self.sites.whole <= self.length - keep and output.shape[1] == keep:
+            return output  # no prefix position is kept, as in `generate`, which keeps the last one only
         kept = torch.arange(self.length, device=output.device)
-        if isinstance(self.logits_to_keep, int):
-            kept = kept[-self.logits_to_keep :] if self.logits_to_keep else kept
+        if isinstance(keep, int):
+            kept = kept[-keep:] if keep else kept
         else:
-            chosen = self.logits_to_keep.to(output.device)
+            chosen = keep.to(output.device)
             kept = chosen.nonzero()[:, 0] if chosen.dtype == torch.bool else chosen % self.length
         if output.ndim != 3 or output.shape[1] != len(kept):
             raise RuntimeError(
                 f"the output embedding gave shape {tuple(output.shape)} for {len(kept)} kept positions, so prefix "
                 "logits cannot be put in their place; this model's head is not supported"
             )
-        intact = self.intact.kv.logits.to(output.device, output.dtype)
+        intact = self.intact.logits(output)
         if output.shape[2] != intact.shape[1]:
             raise IntactKVError(
                 f"the model has {output.shape[2]} output tokens, the intact KV was captured with {intact.shape[1]}; "
                 "capture it from the full-precision form of this model"
             )
-        first_kept = self.length - len(kept) if isinstance(self.logits_to_keep, int) else 0
-        if 0 < self.sites.whole <= first_kept:
-            return output  # as in `generate`, which keeps the last position only
         sites = self.sites.to(output.device)
         at = torch.full((self.length,), -1, device=output.device)
         at[kept] = torch.arange(len(kept), device=output.device)
@@ -189,7 +206,7 @@ def put(
             f"{tuple(intact.shape[1:])}; tensor-parallel models are not supported, otherwise capture it again"
         )
     if sites.whole and not torch.is_grad_enabled() and 0 not in x.stride():  # 0: heads or rows that share memory
-        x[:, :, : sites.whole] = intact[: sites.whole].transpose(0, 1)
+        x.narrow(2, 0, sites.whole).copy_(intact.narrow(0, 0, sites.whole).transpose(0, 1))
         return x
     sites = sites.to(x.device)
     # a copy in the layout of `x`, written through a transposed view: attention over a transposed copy is slower
