@@ -239,6 +239,22 @@ def test_an_answer_stops_at_the_turns_end(full: Any, tokenizer: Any, questions: 
     assert text.startswith(short)
 
 
+def test_an_answer_stops_at_a_turns_end_that_is_plain_text(full: Any, tokenizer: Any) -> None:
+    plain = with_template(
+        tokenizer,
+        "{{ bos_token }}{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'assistant' %} the {% endif %}"
+        "{% endfor %}",
+    )
+    assert turn_end(plain)[1] == " the"
+    openings = ("The river rises in", "In the year of", "The city lies at", "He went to")
+    questions = [Question(i, "math", (text,), 0.0) for i, text in enumerate(openings)]
+    settings = Settings(12, 4)
+    whole = {q.id: by_hand(full, plain, None, q, settings)[0] for q in questions}
+    assert any(" the" in f" {text}" for text in whole.values())
+    for name, (text,) in said(Answerer(full, plain, settings), questions).items():
+        assert text == f" {whole[name]}".partition(" the")[0].strip()
+
+
 def test_prompts_that_do_not_begin_with_the_prefix(
     full: Any, model: Any, tokenizer: Any, questions: list[Question]
 ) -> None:
