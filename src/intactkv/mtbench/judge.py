@@ -140,12 +140,12 @@ def judge(
         waiting = {pool.submit(_grade, client, endpoint, task): task for task in missing}
         try:
             for done, future in enumerate(as_completed(waiting), start=1):
-                task, row = waiting[future], future.result()
-                if row is None:
+                task, grade = waiting[future], future.result()
+                if grade is None:
                     kept.pop(task.key, None)
                     outcome.malformed.append(task.name)
                 else:
-                    kept[task.key] = row
+                    kept[task.key] = grade
                     outcome.graded += 1
                 write_lines(path, [kept[key] for key in sorted(kept, key=in_order)])
                 if progress is not None:
