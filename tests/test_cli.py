@@ -184,7 +184,7 @@ def test_errors_are_one_sentence_without_traceback(command: list[str], message: 
 def test_usage_errors_and_help() -> None:
     assert intactkv("eval").returncode == 2
     assert intactkv("nonsense").returncode == 2
-    for command in ("capture", "quantize", "check", "eval", "generate", "doctor", "demo"):
+    for command in ("capture", "quantize", "check", "eval", "mtbench", "generate", "doctor", "demo"):
         done = intactkv(command, "--help")
         assert done.returncode == 0
         assert "Usage" in done.stdout

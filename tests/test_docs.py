@@ -34,6 +34,9 @@ def test_the_readme_has_exactly_two_commands() -> None:
     assert len(re.findall(r"^```sh$", README, re.MULTILINE)) == 2
 
 
-@pytest.mark.parametrize("command", ["capture", "quantize", "check", "eval", "calibrate", "generate", "doctor", "demo"])
+COMMANDS = ["capture", "quantize", "check", "eval", "mtbench", "calibrate", "generate", "doctor", "demo"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_the_readme_names_every_command(command: str) -> None:
     assert re.search(rf"^intactkv {command}\b", README, re.MULTILINE)

@@ -68,7 +68,7 @@ def content(kv: IntactKV) -> tuple[Any, ...]:
 def forged(path: Path, tensors: dict[str, Tensor], header: Any, *, sign: bool = True) -> Path:
     """A file like ours with a digest that is right, whatever it holds."""
     if sign and isinstance(header, dict):
-        header = {**header, "digest": intactkv.kv._digest(header, tensors)}
+        header = {**header, "digest": intactkv.kv.content_digest(header, tensors)}
     save_file(tensors, path, metadata={"intactkv": header if isinstance(header, str) else json.dumps(header)})
     return path
 
@@ -275,7 +275,7 @@ def test_no_edit_can_change_what_is_loaded(data: st.DataObject, good: bytes, tmp
 
 def test_a_changed_tensor_a_changed_header_and_swapped_tensors_are_tampering(good: bytes, tmp_path: Path) -> None:
     kv, path = toy(), tmp_path / "kv"
-    header = {**header_of(kv), "digest": intactkv.kv._digest(header_of(kv), kv.tensors)}
+    header = {**header_of(kv), "digest": intactkv.kv.content_digest(header_of(kv), kv.tensors)}
     tampered = "was changed after it was written .*; capture it again"
     tensors = {name: t.clone() for name, t in kv.tensors.items()}
     content(IntactKV.load(forged(path, tensors, header, sign=False)))  # so far all is well

@@ -92,7 +92,7 @@ def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     whole, own = token_metrics(full, model, labels), full_metrics(full, labels)
     arm = random_arm()
     quantiles = paired_bootstrap(summary_statistic, arm, generator=generator(), resamples=20)
-    monkeypatch.setattr(metrics, "_WORKING_ELEMENTS", 4 * VOCAB)
+    monkeypatch.setattr(metrics, "WORKING_ELEMENTS", 4 * VOCAB)
     torch.testing.assert_close(vars(token_metrics(full, model, labels)), vars(whole))
     torch.testing.assert_close(vars(full_metrics(full, labels)), vars(own))
     assert paired_bootstrap(summary_statistic, arm, generator=generator(), resamples=20) == quantiles

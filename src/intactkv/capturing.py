@@ -128,3 +128,12 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     """SHA-256 over the vocabulary with its ids: two tokenizers with one digest give tokens the same numbers."""
     vocab = sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
     return hashlib.sha256("\n".join(f"{i} {token}" for token, i in vocab).encode()).hexdigest()
+
+
+def check_tokenizer(kv: IntactKV, tokenizer: PreTrainedTokenizerBase, source: str) -> None:
+    """Raise `IntactKVError` where the tokenizer of `source` is not the one `kv` was captured with."""
+    digest = kv.provenance.get("tokenizer")
+    if digest is not None and digest != tokenizer_digest(tokenizer):
+        raise IntactKVError(
+            f"the tokenizer of {source} is not the one the intact KV was captured with; capture it again"
+        )

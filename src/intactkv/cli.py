@@ -1,4 +1,4 @@
-"""The command line: capture, quantize, check, eval, calibrate, generate, doctor, demo.
+"""The command line: capture, quantize, check, eval, mtbench, calibrate, generate, doctor, demo.
 
 What fails is one sentence and exit code 1. Each command imports what it needs when it runs, so that `--help` does not
 wait for torch.
@@ -18,8 +18,6 @@ from intactkv.error import IntactKVError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-    from intactkv.kv import IntactKV
 
 app = typer.Typer(
     help="Keep a quantized language model's memory of its first tokens in full precision.",
@@ -154,9 +152,13 @@ def check_command(
 
 @app.command("eval")
 def eval_command(
-    model: Model,
+    models: Annotated[
+        list[str], typer.Argument(help="One or more quantized models: folders or names on the Hub.", metavar="MODEL…")
+    ],
     full: Full,
-    kv: KV,
+    kv: Annotated[
+        list[Path], typer.Option("--kv", help="The intact KV; with several models one for all, or one each.")
+    ],
     data: Annotated[Path, typer.Option(help="A UTF-8 text file to measure on.", metavar="TEXT")],
     window: Annotated[int, typer.Option(help="Tokens in one window, prefix included.")] = 512,
     paper: Annotated[
@@ -164,42 +166,106 @@ def eval_command(
     ] = False,
     batch_size: Annotated[int, typer.Option(help="Windows in one forward.", min=1)] = 8,
     windows: Annotated[int | None, typer.Option(help="Use only the first so many windows.", min=2)] = None,
+    device: Annotated[str, typer.Option(help="Where models run: cpu, cuda, …")] = "cpu",
+    cache: Annotated[
+        Path | None,
+        typer.Option(
+            help="Keep what the full model says of each token, and every batch's figures, in this folder: one pass "
+            "over the full model serves many commands, a stopped one goes on, one model is in memory at a time.",
+            metavar="DIR",
+        ),
+    ] = None,
+    top: Annotated[
+        int | None,
+        typer.Option(help="Keep only so many likeliest tokens of each distribution: every KL is then a lower bound."),
+    ] = None,
+    cache_bytes: Annotated[int, typer.Option(help="The most bytes of distributions in the cache.", min=0)] = 50 * 2**30,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write all figures as JSON.", metavar="JSON")] = None,
+    markdown: Annotated[
+        str | None, typer.Option(help="Add a row for each model to this Markdown file; `-` prints it.", metavar="FILE")
+    ] = None,
 ) -> None:
     """Compare three arms on a text: the full model, MODEL with its own prefix, MODEL with the intact prefix."""
-    from intactkv.evaluate import paper_windows, prefixed_windows, three_arms
-    from intactkv.kv import IntactKV
-    from intactkv.load import load_model, load_tokenizer, read_text
-    from intactkv.report import arms_table, sentences, write_json
+    from intactkv.evaluate import command as evaluation
 
-    artifact, tokenizer, text = IntactKV.load(kv), load_tokenizer(full), read_text(data)
-    _check_tokenizer(artifact, tokenizer, full)
-    tokens = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-    if paper:
-        if len(artifact) != 1:
-            raise IntactKVError(f"--paper overwrites one token by BOS, but {kv} holds {len(artifact)}; capture `bos`")
-        measured = paper_windows(tokens, bos=int(artifact.ids[0]), window=window)
-    else:
-        measured = prefixed_windows(tokens, prefix=artifact.ids, window=window)
-    if windows is not None:
-        measured = type(measured)(measured.ids[:windows], measured.scored[:windows])
-    with console.status("loading both models"):
-        full_model, quantized = load_model(full), load_model(model)
-    with Progress(console=console, transient=True) as bar:
-        task = bar.add_task("three arms", total=len(measured))
-        evaluation = three_arms(
-            full_model, quantized, artifact, measured, batch_size=batch_size,
-            progress=lambda done, total: bar.update(task, completed=done),
-        )  # fmt: skip
-    figures = evaluation.to_dict()
-    title = f"{figures['windows']} windows of {figures['window']} tokens, {figures['scored_tokens']} scored"
-    console.print(arms_table(figures, title=title))
-    for sentence in sentences(evaluation):
-        console.print(sentence, highlight=False)
-    if out is not None:
-        write_json(
-            out, {"model": model, "full": full, "kv": str(kv), "provenance": dict(artifact.provenance), **figures}
-        )
+    if top is not None and cache is None:
+        raise IntactKVError(f"--top {top} says what a cache keeps; add --cache DIR, or leave it out")
+    evaluation.run(
+        models, full, kv,
+        protocol=evaluation.Protocol(data, window, paper, windows, batch_size, device),
+        cache=None if cache is None else evaluation.Cache(cache, top, cache_bytes),
+        outputs=evaluation.Outputs(out, markdown), console=console,
+    )  # fmt: skip
+
+
+bench = typer.Typer(help="MT-Bench: let three arms answer, let a judge grade, show the grades.", no_args_is_help=True)
+app.add_typer(bench, name="mtbench")
+Questions = Annotated[Path, typer.Option("--questions", help="FastChat's question.jsonl.", metavar="JSONL")]
+Bench = Annotated[Path, typer.Argument(help="The folder that `mtbench answer` wrote to.", metavar="DIR")]
+
+
+@bench.command("answer")
+def mtbench_answer_command(
+    model: Model,
+    full: Full,
+    kv: KV,
+    questions: Questions,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write to.", metavar="DIR")],
+    arms: Annotated[str, typer.Option(help="Which of full, own and intact answer.")] = "full,own,intact",
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens of one answer at most.")] = 1024,
+    batch_size: Annotated[int, typer.Option(help="Questions in one batch.")] = 8,
+    seed: Annotated[int, typer.Option(help="The seed of sampling, where a category is sampled.")] = 0,
+    system: Annotated[str | None, typer.Option(help="A system prompt before every question.")] = None,
+    first: Annotated[int | None, typer.Option(help="Only the first so many questions of each category.", min=1)] = None,
+    name: Annotated[str | None, typer.Option(help="MODEL's name in the files; by default its folder's.")] = None,
+    device: Annotated[str, typer.Option(help="Where models run: cpu, cuda, …")] = "cpu",
+) -> None:
+    """Answer both turns of every question with three arms: the full model, MODEL, MODEL with the intact prefix."""
+    from intactkv.mtbench import command
+    from intactkv.mtbench.answer import Settings
+
+    command.answer(
+        command.Models(model, full, kv, name, device), questions, out, arms=arms.split(","),
+        settings=Settings(max_new_tokens, batch_size, seed, system), first=first, console=console,
+    )  # fmt: skip
+
+
+@bench.command("judge")
+def mtbench_judge_command(
+    folder: Bench,
+    questions: Questions,
+    endpoint: Annotated[str, typer.Option(help="The base URL of an OpenAI-compatible server.", metavar="URL")],
+    judge: Annotated[str, typer.Option(help="The judging model's name there.", metavar="NAME")],
+    references: Annotated[
+        Path | None, typer.Option(help="Right answers for math, reasoning and coding, as model answers.")
+    ] = None,
+    prompts: Annotated[Path | None, typer.Option(help="Your own prompts, as FastChat's judge_prompts.jsonl.")] = None,
+    parallel: Annotated[int, typer.Option(help="Requests at a time.", min=1)] = 4,
+    retries: Annotated[int, typer.Option(help="Tries again, with back-off, after 429 or 5xx.", min=0)] = 6,
+    asks: Annotated[int, typer.Option(help="Times to ask for a reply that has a rating.", min=1)] = 3,
+) -> None:
+    """Grade every answer with a judge. The key, if the endpoint wants one, is the environment's OPENAI_API_KEY."""
+    from intactkv.mtbench import command
+    from intactkv.mtbench.judge import Endpoint
+
+    where = Endpoint(endpoint, judge, parallel, retries, asks)
+    command.judge(folder, questions, where, prompts=prompts, references=references, console=console)
+
+
+@bench.command("show")
+def mtbench_show_command(
+    folder: Bench,
+    questions: Questions,
+    judge: Annotated[str, typer.Option(help="Whose grades.", metavar="NAME")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write all figures as JSON.", metavar="JSON")] = None,
+    markdown: Annotated[
+        str | None, typer.Option(help="Add rows to this Markdown file; `-` prints them.", metavar="FILE")
+    ] = None,
+) -> None:
+    """Mean grades by category, and the differences between arms with paired intervals."""
+    from intactkv.mtbench import command
+
+    command.show(folder, questions, judge, out=out, markdown=markdown, console=console)
 
 
 @app.command("calibrate")
@@ -229,13 +295,14 @@ def calibrate_command(
     from intactkv.calibrate import Settings
     from intactkv.calibrate import command as calibration
     from intactkv.calibrate.processes import is_main
+    from intactkv.capturing import check_tokenizer
     from intactkv.kv import IntactKV
     from intactkv.load import load_tokenizer
 
     if objective not in calibration.OBJECTIVES:
         raise IntactKVError(f"--objective {objective!r} is not known; use {', '.join(calibration.OBJECTIVES)}")
     artifact = IntactKV.load(kv)
-    _check_tokenizer(artifact, load_tokenizer(full), full)
+    check_tokenizer(artifact, load_tokenizer(full), full)
     found = calibration.run(
         model, full, artifact,
         data=calibration.Data(data, samples, held_out, length, seed, system),
@@ -342,16 +409,6 @@ def _ids(text: str) -> list[int]:
         return [int(part) for part in text.split(",")]
     except ValueError:
         raise IntactKVError(f"--ids {text!r} is no list of numbers; write it like 1,887,526") from None
-
-
-def _check_tokenizer(kv: IntactKV, tokenizer: PreTrainedTokenizerBase, source: str) -> None:
-    from intactkv.capturing import tokenizer_digest
-
-    digest = kv.provenance.get("tokenizer")
-    if digest is not None and digest != tokenizer_digest(tokenizer):
-        raise IntactKVError(
-            f"the tokenizer of {source} is not the one the intact KV was captured with; capture it again"
-        )
 
 
 if __name__ == "__main__":

@@ -95,7 +95,7 @@ class IntactKV:
     @property
     def digest(self) -> str:
         """SHA-256 over ids, keys, values and logits: what tells one artifact from another."""
-        return _digest({}, {name: t.detach().cpu() for name, t in self.tensors.items()})
+        return content_digest({}, {name: t.detach().cpu() for name, t in self.tensors.items()})
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -139,7 +139,7 @@ class IntactKV:
                 f"cannot write {path}: the fingerprint or the provenance is no JSON data ({error}); "
                 "keep only text, numbers, lists and dictionaries in them"
             ) from error
-        header["digest"] = _digest(header, tensors)
+        header["digest"] = content_digest(header, tensors)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
             temporary.write_bytes(save(tensors, metadata={"intactkv": json.dumps(header, sort_keys=True)}))
@@ -165,7 +165,7 @@ class IntactKV:
         except (SafetensorError, OSError, ValueError) as error:
             raise IntactKVError(f"{path} is truncated or no safetensors file ({error}); capture it again") from error
         header = _header(text, path)
-        if _digest(header, tensors) != header["digest"]:
+        if content_digest(header, tensors) != header["digest"]:
             raise IntactKVError(
                 f"{path} was changed after it was written (its digest does not match its content); capture it again"
             )
@@ -325,7 +325,8 @@ def _hash_tensor(sha: Any, name: str, tensor: Tensor) -> None:
     sha.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
 
 
-def _digest(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+def content_digest(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over a file's header, its entry "digest" left out, and over its tensors by name."""
     sha = hashlib.sha256()
     sha.update(json.dumps({k: v for k, v in header.items() if k != "digest"}, sort_keys=True).encode())
     for name in sorted(tensors):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 from collections.abc import Iterator
@@ -93,6 +94,17 @@ def _restore_transforms_(model: PreTrainedModel, source: str | os.PathLike[str],
     return set(tensors)
 
 
+def load_model_on(source: str | os.PathLike[str], device: str) -> PreTrainedModel:
+    """As `load_model`, on a device by its name. Raises `IntactKVError` where torch cannot put it there."""
+    model: Any = load_model(source)
+    try:
+        return model.to(torch.device(device))
+    except (RuntimeError, ValueError, AssertionError) as error:
+        raise IntactKVError(
+            f"{source} cannot be put on --device {device} ({_first_line(error)}); use cpu, or one that torch sees"
+        ) from error
+
+
 def load_tokenizer(source: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder or hub name. Raises `IntactKVError` where there is none."""
     _check_exists(source)
@@ -111,6 +123,41 @@ def read_text(path: str | os.PathLike[str]) -> str:
     if not text.strip():
         raise IntactKVError(f"{path} is empty; give a text of at least a few hundred words")
     return text
+
+
+def checkpoint_digest(source: str | os.PathLike[str]) -> str:
+    """SHA-256 over the configuration and the weight files of a folder or hub name, without loading the model.
+
+    Raises `IntactKVError` where there are none.
+    """
+    _check_exists(source)
+    try:
+        folder = Path(source if Path(source).is_dir() else _downloaded(str(source)))
+        beside = set(folder.glob("*.intactkv.safetensors"))  # an intact KV that `quantize` put there is no weight
+        files = sorted(set(folder.glob("*.safetensors")) - beside) or sorted(folder.glob("*.bin"))
+        if not files:
+            raise IntactKVError(
+                f"{source} holds no weights (*.safetensors or *.bin); give a model's folder or Hub name"
+            )
+        sha = hashlib.sha256()
+        for path in (folder / "config.json", *files):
+            sha.update(f"\n{path.name} {path.stat().st_size}\n".encode())
+            with path.open("rb") as file:
+                while chunk := file.read(2**24):
+                    sha.update(chunk)
+    except (OSError, ValueError) as error:
+        if isinstance(error, IntactKVError):
+            raise
+        raise IntactKVError(f"the weights of {source} cannot be read: {_first_line(error)}") from error
+    return sha.hexdigest()
+
+
+def _downloaded(name: str) -> str:
+    """The local folder of a Hub model's configuration and weights, safetensors where it has them."""
+    folder = snapshot_download(name, allow_patterns=["*.safetensors", "config.json"])
+    if any(Path(folder).glob("*.safetensors")):
+        return folder
+    return snapshot_download(name, allow_patterns=["*.bin", "config.json"])
 
 
 @contextmanager

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shlex
+import subprocess
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -73,10 +75,14 @@ def basis_table(relations: Sequence[Relation]) -> Table:
 
 
 def arms_table(figures: dict[str, Any], *, title: str) -> Table:
-    """The three-arm table from `Evaluation.to_dict()`: KL to the full model with its interval, top-1, perplexity."""
+    """The three-arm table from `Evaluation.to_dict()`: KL to the full model with its interval, top-1, perplexity.
+
+    Where `figures["kl"]` says that KL is a lower bound, its heading does so too.
+    """
     table = Table(box=SIMPLE, title=title, padding=(0, 1, 0, 0))
     table.add_column("arm", no_wrap=True)
-    for heading in ("KL mean [95 %]", *_SHOWN.values()):
+    bound = "" if figures.get("kl", "exact") == "exact" else " ≥"
+    for heading in (f"KL mean{bound} [95 %]", *_SHOWN.values()):
         table.add_column(heading, justify="right", no_wrap=True)
     for name, row in figures["arms"].items():
         shown = [f"{row[metric]['value']:.{_DIGITS.get(metric, 4)}f}" for metric in _SHOWN]
@@ -100,10 +106,29 @@ def sentences(evaluation: Evaluation, *, seed: int = 0) -> list[str]:
     return said
 
 
+def commit() -> str | None:
+    """The git commit this package's own source is at, "+ changes" if it has any; None where it is not under git."""
+    source = Path(__file__).parent
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(["git", "-C", str(source), *arguments], capture_output=True, text=True, timeout=10)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    if git("ls-files", "--error-unmatch", Path(__file__).name) is None:  # a virtual environment in another's checkout
+        return None
+    head, changes = git("rev-parse", "HEAD"), git("status", "--porcelain", "--", ".")
+    return head if head is None or changes == "" else f"{head} + changes"
+
+
 def made_by() -> dict[str, Any]:
     """The command, machine and versions that figures come from."""
     return {
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "folder": str(Path.cwd()),
+        "commit": commit(),
         "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, {torch.get_num_threads()} threads",
         "versions": {name: version(name) for name in ("intactkv", "torch", "transformers")},
     }

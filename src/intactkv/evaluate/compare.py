@@ -162,7 +162,9 @@ def evaluate(
 
     Source: token metrics as in llama.cpp's --kl-divergence.
     """
-    _check(full, arms, windows, batch_size)
+    check_names([arm.name for arm in arms], batch_size)
+    for arm in (Arm("full", full), *arms):
+        check_arm(arm, windows)
     batches = list(zip(windows.ids.cpu().split(batch_size), windows.scored.cpu().split(batch_size), strict=True))
     measured: list[dict[str, tuple[TokenMetrics, Tensor]]] = []
     began = perf_counter()
@@ -210,28 +212,28 @@ def _measure_batch(
     block_mse: bool,
 ) -> dict[str, tuple[TokenMetrics, Float[Tensor, "layer"]]]:
     """One batch's metrics and `_block_squares` by name, "full" first; without `block_mse` none of these."""
-    full_logits, full_hidden = _forward(Arm("full", full), ids, hidden=block_mse)
+    full_logits, full_hidden = forward(Arm("full", full), ids, hidden=block_mse)
     labels = ids.roll(-1, dims=1).to(full_logits.device)  # the last position's is wrong and never scored
     metrics = full_metrics(full_logits, labels)
     nothing = torch.empty(0, dtype=torch.float64)
-    measured = {"full": (_at_labels(metrics, scored, name="full"), nothing)}
+    measured = {"full": (at_labels(metrics, scored, name="full"), nothing)}
     for arm in arms:
-        logits, hidden = _forward(arm, ids, hidden=block_mse)
+        logits, hidden = forward(arm, ids, hidden=block_mse)
         metrics = token_metrics(full_logits, logits.to(labels.device), labels)
         squares = _block_squares(full_hidden, hidden, scored, name=arm.name) if block_mse else nothing
-        measured[arm.name] = _at_labels(metrics, scored, name=arm.name), squares
+        measured[arm.name] = at_labels(metrics, scored, name=arm.name), squares
         del logits, hidden  # before the next arm's are made
     return measured
 
 
-def _forward(arm: Arm, ids: Int[Tensor, "window length"], *, hidden: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
+def forward(arm: Arm, ids: Int[Tensor, "window length"], *, hidden: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
     """The arm's logits (window, length, vocab) and, if asked for, hidden states (window, length, hidden)."""
     with attach(arm.model, arm.kv, check=False) if arm.kv is not None else nullcontext():  # harm is to be measured
         output = arm.model(input_ids=ids.to(arm.model.device), use_cache=False, output_hidden_states=hidden)
     return output.logits, output.hidden_states or ()
 
 
-def _at_labels(metrics: TokenMetrics, scored: Bool[Tensor, "window length"], *, name: str) -> TokenMetrics:
+def at_labels(metrics: TokenMetrics, scored: Bool[Tensor, "window length"], *, name: str) -> TokenMetrics:
     """Metrics moved from predicting positions to the predicted tokens, on the CPU, blank where not scored."""
     shifted = metrics.map(lambda values: values.roll(1, dims=1).cpu())
     finite = shifted.kl.isfinite() & shifted.nll.isfinite()
@@ -278,33 +280,37 @@ def _finite(data: Any) -> Any:
     return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
-def _check(full: PreTrainedModel, arms: Sequence[Arm], windows: Windows, batch_size: int) -> None:
-    names = [arm.name for arm in arms]
-    if not arms or len(set(names)) < len(names) or "full" in names:
+def check_names(names: Sequence[str], batch_size: int) -> None:
+    """Raise `IntactKVError` for arm names that repeat or are "full", and for a batch size below 1."""
+    if not names or len(set(names)) < len(names) or "full" in names:
         raise IntactKVError(
             f'the arms are named {names}; give at least one arm, every one its own name other than "full"'
         )
     if batch_size < 1:
         raise IntactKVError(f"batch_size={batch_size} is too small; use 1 or more")
+
+
+def check_arm(arm: Arm, windows: Windows) -> None:
+    """Raise `IntactKVError` where `arm` cannot be measured on `windows`."""
     smallest, largest = int(windows.ids.min()), int(windows.ids.max())
-    for arm in (Arm("full", full), *arms):
-        vocab = arm.model.config.get_text_config(decoder=True).vocab_size
-        if smallest < 0 or largest >= vocab:
-            raise IntactKVError(
-                f"the windows hold ids from {smallest} to {largest}, outside the vocabulary of {vocab} of arm "
-                f"{arm.name!r}; tokenize with this model's tokenizer"
-            )
-        if arm.model.training:
-            raise IntactKVError(f"the model of arm {arm.name!r} is in training mode; call model.eval() first")
-        if is_attached(arm.model):
-            raise IntactKVError(
-                f"the model of arm {arm.name!r} has an intact KV attached; remove it and give the arm its kv instead"
-            )
-        if arm.kv is not None:
-            _check_prefix(arm.name, arm.kv.ids.cpu(), windows)
+    vocab = arm.model.config.get_text_config(decoder=True).vocab_size
+    if smallest < 0 or largest >= vocab:
+        raise IntactKVError(
+            f"the windows hold ids from {smallest} to {largest}, outside the vocabulary of {vocab} of arm "
+            f"{arm.name!r}; tokenize with this model's tokenizer"
+        )
+    if arm.model.training:
+        raise IntactKVError(f"the model of arm {arm.name!r} is in training mode; call model.eval() first")
+    if is_attached(arm.model):
+        raise IntactKVError(
+            f"the model of arm {arm.name!r} has an intact KV attached; remove it and give the arm its kv instead"
+        )
+    if arm.kv is not None:
+        check_prefix(arm.name, arm.kv.ids.cpu(), windows)
 
 
-def _check_prefix(name: str, prefix: Int[Tensor, "prefix"], windows: Windows) -> None:
+def check_prefix(name: str, prefix: Int[Tensor, "prefix"], windows: Windows) -> None:
+    """Raise `IntactKVError` where a window does not start with `prefix`, or scores what the artifact predicts."""
     length = len(prefix)
     if windows.ids.shape[1] <= length or not (windows.ids[:, :length].cpu() == prefix).all():
         raise IntactKVError(

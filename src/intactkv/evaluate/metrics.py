@@ -18,7 +18,7 @@ from torch import Tensor
 from intactkv.kv import IntactKVError
 
 # Elements of one (token, vocab) working copy: 4 MiB in float32, whatever the batch, window or vocabulary.
-_WORKING_ELEMENTS = 2**20
+WORKING_ELEMENTS = 2**20
 
 _KL_QUANTILES = {"kl_median": 0.5, "kl_99": 0.99, "kl_99_9": 0.999}
 
@@ -91,7 +91,7 @@ def token_metrics(
             f"logits have shape {tuple(logits.shape)} and the full model's {tuple(full_logits.shape)}; "
             "compare models of the same vocabulary on the same tokens"
         )
-    _check_labels(logits, labels)
+    check_labels(logits, labels)
     parts = []
     for full_part, part, label in _chunks(full_logits, logits, labels=labels):
         precision = torch.promote_types(torch.promote_types(part.dtype, full_part.dtype), torch.float32)
@@ -117,7 +117,7 @@ def full_metrics(full_logits: Float[Tensor, "*token vocab"], labels: Int[Tensor,
 
     Shapes, precision and errors as in `token_metrics`.
     """
-    _check_labels(full_logits, labels)
+    check_labels(full_logits, labels)
     parts = []
     for part, label in _chunks(full_logits, labels=labels):
         log_p = part.log_softmax(-1, dtype=torch.promote_types(part.dtype, torch.float32))
@@ -243,7 +243,7 @@ def _resampled_quantiles(
     values, order = values.sort()
     window = window[order]
     parts = []
-    for part in counts.int().split(max(1, _WORKING_ELEMENTS // len(values))):
+    for part in counts.int().split(max(1, WORKING_ELEMENTS // len(values))):
         # (resample, token): how many drawn values there are up to and including this one
         up_to = part[:, window].cumsum(dim=1, dtype=torch.int32)
         place = torch.tensor(fractions, dtype=torch.float64) * (up_to[:, -1:] - 1)  # (resample, fraction)
@@ -256,10 +256,10 @@ def _chunks(*logits: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """The same tokens of all logits (token, vocab) and the labels (token), a bounded number at a time."""
     vocab = logits[0].shape[-1]
     flat = [*(x.reshape(-1, vocab) for x in logits), labels.reshape(-1)]
-    return zip(*(x.split(max(1, _WORKING_ELEMENTS // vocab)) for x in flat), strict=True)
+    return zip(*(x.split(max(1, WORKING_ELEMENTS // vocab)) for x in flat), strict=True)
 
 
-def _check_labels(logits: Tensor, labels: Tensor) -> None:
+def check_labels(logits: Tensor, labels: Tensor) -> None:
     vocab = logits.shape[-1]
     if labels.shape != logits.shape[:-1] or labels.dtype != torch.int64 or labels.numel() == 0:
         raise IntactKVError(

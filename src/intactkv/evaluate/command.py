@@ -1,0 +1,220 @@
+"""What `intactkv eval` does: windows of a text, three arms for each quantized model, a table, JSON and Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+
+from intactkv.capturing import check_tokenizer
+from intactkv.evaluate.cached import Checkpoint, StoredArm, Traces, evaluate_cached
+from intactkv.evaluate.compare import Arm, Evaluation, evaluate
+from intactkv.evaluate.markdown import append_rows, header, row
+from intactkv.evaluate.stored import Store
+from intactkv.evaluate.windows import Windows, paper_windows, prefixed_windows
+from intactkv.kv import IntactKV, IntactKVError
+from intactkv.load import checkpoint_digest, load_model_on, load_tokenizer, read_text
+from intactkv.report import arms_table, sentences, write_json
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """Which windows of which text are measured, in batches of how many, and on which device."""
+
+    data: Path
+    window: int
+    paper: bool
+    windows: int | None
+    batch_size: int
+    device: str
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Where measurements are kept, how many tokens of each distribution (None: all), and the bytes they may take."""
+
+    folder: Path
+    top: int | None
+    most_bytes: int
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """The files to write: all figures as JSON, one row for each model as Markdown ("-": print it)."""
+
+    json: Path | None
+    markdown: str | None
+
+
+@dataclass(frozen=True, eq=False)
+class Quantized:
+    """A quantized model under its short name, with the intact KV that goes with it."""
+
+    name: str
+    source: str
+    file: Path
+    kv: IntactKV
+
+    def arm(self, kind: str, alone: bool) -> str:
+        """The arm's name in tables: with the model's where there are several."""
+        return kind if alone else f"{self.name} {kind}"
+
+
+def run(
+    models: Sequence[str], full: str, kvs: Sequence[Path], *, protocol: Protocol, cache: Cache | None, outputs: Outputs,
+    console: Console,
+) -> None:  # fmt: skip
+    """Compare every quantized model with the full one, from the command line's arguments."""
+    quantized = _quantized(models, kvs)
+    windows = _windows(quantized, full, protocol)
+    with console.status("reading checkpoints"):
+        digests = {source: checkpoint_digest(source) for source in (full, *models)}
+    with Progress(console=console, transient=True) as bar:
+        task = bar.add_task("measuring", total=None)
+
+        def show(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        traces = None
+        if cache is None:
+            evaluation = _in_memory(quantized, full, windows, protocol, show)
+        else:
+            store = Store(cache.folder, _loaded_as(digests[full], protocol), cache.top, cache.most_bytes)
+            evaluation, traces = _on_disk(quantized, full, digests, windows, (store, protocol), show)
+    figures = _figures(evaluation, cache, traces)
+    title = f"{figures['windows']} windows of {figures['window']} tokens, {figures['scored_tokens']} scored"
+    console.print(arms_table(figures, title=title))
+    for sentence in (*_about_cache(figures), *sentences(evaluation)):
+        console.print(sentence, highlight=False)
+    about = {
+        "models": {q.name: _about(q, digests) for q in quantized},
+        "full": {"source": full, "checkpoint": digests[full]},
+        "options": {**asdict(protocol), "data": str(protocol.data)},
+        "text": sha256(protocol.data.read_bytes()).hexdigest(),
+    }
+    if outputs.json is not None:
+        write_json(outputs.json, {**about, **figures})
+    if outputs.markdown is not None:
+        rows = [row(figures, model=q.name, arms=(q.arm("own", len(models) == 1), q.arm("intact", len(models) == 1)))
+                for q in quantized]  # fmt: skip
+        if outputs.markdown == "-":
+            console.print("\n".join((*header(), *rows)), markup=False, highlight=False, soft_wrap=True)
+        else:
+            append_rows(Path(outputs.markdown), rows)
+
+
+def _quantized(models: Sequence[str], kvs: Sequence[Path]) -> list[Quantized]:
+    if len(kvs) not in (1, len(models)):
+        raise IntactKVError(
+            f"{len(kvs)} intact KVs are given for {len(models)} models; give one --kv for all, or one for each in order"
+        )
+    names = [Path(model).name or model for model in models]
+    if len(set(names)) < len(names):
+        names = list(models)
+    if len(set(names)) < len(names):
+        raise IntactKVError(f"the model {max(names, key=names.count)} is given twice; name each once")
+    artifacts = {path: IntactKV.load(path) for path in dict.fromkeys(kvs)}
+    files = list(kvs) * (len(models) if len(kvs) == 1 else 1)
+    return [Quantized(n, m, f, artifacts[f]) for n, m, f in zip(names, models, files, strict=True)]
+
+
+def _windows(quantized: Sequence[Quantized], full: str, protocol: Protocol) -> Windows:
+    tokenizer, text = load_tokenizer(full), read_text(protocol.data)
+    first = quantized[0]
+    for q in quantized:
+        check_tokenizer(q.kv, tokenizer, full)
+        if q.kv.ids.tolist() != first.kv.ids.tolist():
+            raise IntactKVError(
+                f"{q.file} keeps another prefix than {first.file}; models are compared on windows that begin with one "
+                "prefix: capture the same, or compare them one by one"
+            )
+    tokens = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    if protocol.paper:
+        if len(first.kv) != 1:
+            raise IntactKVError(
+                f"--paper overwrites one token by BOS, but {first.file} holds {len(first.kv)}; capture `bos`"
+            )
+        windows = paper_windows(tokens, bos=int(first.kv.ids[0]), window=protocol.window)
+    else:
+        windows = prefixed_windows(tokens, prefix=first.kv.ids, window=protocol.window)
+    return Windows(windows.ids[: protocol.windows], windows.scored[: protocol.windows])
+
+
+def _loaded_as(digest: str, protocol: Protocol) -> str:
+    return sha256(f"{digest} as stored on {protocol.device}".encode()).hexdigest()
+
+
+def _in_memory(
+    quantized: Sequence[Quantized], full: str, windows: Windows, protocol: Protocol, progress: Any
+) -> Evaluation:
+    arms: list[Arm] = []
+    for q in quantized:
+        model, alone = load_model_on(q.source, protocol.device), len(quantized) == 1
+        arms += [Arm(q.arm("own", alone), model), Arm(q.arm("intact", alone), model, q.kv)]
+    return evaluate(
+        load_model_on(full, protocol.device), arms, windows, batch_size=protocol.batch_size, progress=progress
+    )
+
+
+def _on_disk(
+    quantized: Sequence[Quantized], full: str, digests: dict[str, str], windows: Windows,
+    places: tuple[Store, Protocol], progress: Any,
+) -> tuple[Evaluation, Traces]:  # fmt: skip
+    store, protocol = places
+    arms: list[StoredArm] = []
+
+    def checkpoint(source: str) -> Checkpoint:
+        return Checkpoint(_loaded_as(digests[source], protocol), lambda: load_model_on(source, protocol.device))
+
+    for q in quantized:
+        made, alone = checkpoint(q.source), len(quantized) == 1
+        arms += [StoredArm(q.arm("own", alone), made), StoredArm(q.arm("intact", alone), made, q.kv)]
+    return evaluate_cached(
+        checkpoint(full), arms, windows, store=store, batch_size=protocol.batch_size, progress=progress
+    )
+
+
+def _figures(evaluation: Evaluation, cache: Cache | None, traces: Traces | None) -> dict[str, Any]:
+    """All figures, and what they are worth: is KL exact, and which part of them an earlier run has measured."""
+    figures: dict[str, Any] = {"kl": "exact", **evaluation.to_dict()}
+    if cache is not None and traces is not None:
+        figures["cache"] = {**asdict(cache), "folder": str(cache.folder), **asdict(traces)}
+        if cache.top is not None:
+            figures["kl"] = (
+                f"lower bound: over the full model's {cache.top} likeliest tokens at each position and all others as "
+                f"one, which hold {100 * traces.rest_mass:.3g} % of its probability on average"
+            )
+    return figures
+
+
+def _about_cache(figures: dict[str, Any]) -> list[str]:
+    """What a reader must know of figures that come from disk."""
+    said = []
+    if figures["kl"] != "exact":
+        said.append(
+            f"Every KL above is a {figures['kl']}; shares closed are shares of these bounds: leave --top out for exact "
+            "ones."
+        )
+    if traces := figures.get("cache"):
+        said.append(
+            f"{traces['read']} batches of an arm were read from {traces['folder']}, {traces['computed']} measured."
+        )
+        said += [f"Computed again: {reason}" for reason in traces["unusable"]]
+        said.append("No block-output MSE with --cache: the models were not in memory together.")
+    return said
+
+
+def _about(q: Quantized, digests: dict[str, str]) -> dict[str, Any]:
+    return {
+        "source": q.source,
+        "checkpoint": digests[q.source],
+        "kv": str(q.file),
+        "kv_digest": q.kv.digest,
+        "prefix": q.kv.ids.tolist(),
+        "provenance": dict(q.kv.provenance),
+    }

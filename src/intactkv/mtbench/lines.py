@@ -1,0 +1,42 @@
+"""JSON Lines files: read with every line checked, written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from intactkv.files import write_atomically
+from intactkv.kv import IntactKVError
+
+
+def read_lines(path: Path, *, needed: Sequence[str]) -> list[dict[str, Any]]:
+    """Every row of a JSON Lines file.
+
+    Raises `IntactKVError` for a file that cannot be read, and for a line that is no JSON object or lacks a field.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise IntactKVError(f"{path} cannot be read as UTF-8 text: {error}") from error
+    rows = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise IntactKVError(f"line {number} of {path} is no JSON ({error}); mend or remove it") from error
+        if not isinstance(row, dict) or (missing := [name for name in needed if name not in row]):
+            lacks = ", ".join(missing) if isinstance(row, dict) else "everything"
+            raise IntactKVError(f"line {number} of {path} lacks {lacks}; every line must have {', '.join(needed)}")
+        rows.append(row)
+    return rows
+
+
+def write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Write rows as JSON Lines: after a crash a reader finds the old file or the new one."""
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, text.encode("utf-8", "backslashreplace"))
