@@ -1,0 +1,158 @@
+"""Three arms item by item, from the samples that lm-eval logged: flips, McNemar, paired intervals, recovery."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.stats import binomtest
+
+from intactkv.error import IntactKVError
+from intactkv.evaluate.metrics import Interval
+
+Items = dict[tuple[str, str], dict[Any, float]]  # (task, metric) → item → value
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One task's metric in three arms over the same items.
+
+    `gain` is intact minus own in the metric's unit, `recovered` the share of the gap from own to full that the intact
+    prefix gives back, None where that gap's interval holds 0. Of metrics that are 0 or 1, `mended` and `broken` count
+    the items that are right with the intact prefix only and with the own one only, and `p` is McNemar's exact
+    two-sided p of the two; otherwise they are None. Intervals are 95 % percentile bootstraps over items.
+    """
+
+    task: str
+    metric: str
+    items: int
+    full: float
+    own: float
+    intact: float
+    gain: Interval
+    recovered: Interval | None
+    mended: int | None
+    broken: int | None
+    p: float | None
+
+
+def compare(full: Path, own: Path, intact: Path, *, resamples: int = 1000, seed: int = 0) -> list[Comparison]:
+    """Compare three folders (or files) that `lm_eval --log_samples --output_path` wrote, every task and metric.
+
+    Raises `IntactKVError` where an arm has no samples, several runs of one task, or other items than the others.
+    """
+    arms = {name: read_samples(path) for name, path in (("full", full), ("own", own), ("intact", intact))}
+    first = arms["full"]
+    for name, items in arms.items():
+        if items.keys() != first.keys():
+            task = sorted(items.keys() ^ first.keys())[0]
+            raise IntactKVError(
+                f"the arms full and {name} do not both have {' '.join(task)}; run the same tasks for both"
+            )
+    found = []
+    for key in sorted(first):
+        if any(items[key].keys() != first[key].keys() for items in arms.values()):
+            raise IntactKVError(
+                f"the arms of {key[0]} have different items; give all of them the same --limit and data"
+            )
+        columns = [np.array([items[key][item] for item in first[key]]) for items in arms.values()]
+        found.append(compared(*key, columns, resamples=resamples, seed=seed))
+    return found
+
+
+def compared(task: str, metric: str, arms: Sequence[np.ndarray], *, resamples: int, seed: int) -> Comparison:
+    """`arms` are full, own and intact, one number for each item."""
+    full, own, intact = arms
+    chosen = np.random.default_rng(seed).integers(len(own), size=(resamples, len(own)))  # the same for all arms
+
+    def interval(statistic: Any, *samples: np.ndarray) -> Interval:
+        value = float(statistic(*samples))
+        if len(own) < 2 or all(np.ptp(sample) == 0 for sample in samples):
+            return Interval(value, value, value)
+        drawn = statistic(*(sample[chosen] for sample in samples))
+        low, high = np.nanquantile(drawn, (0.025, 0.975))  # NaN: a resample without a gap says nothing of its share
+        return Interval(value, float(low), float(high))
+
+    def mean(x: np.ndarray, axis: int = -1) -> Any:
+        return x.mean(axis)
+
+    def share(gap: np.ndarray, given_back: np.ndarray, axis: int = -1) -> Any:
+        whole = gap.mean(axis)
+        return given_back.mean(axis) / np.where(whole == 0, np.nan, whole)
+
+    gap = interval(mean, full - own)
+    sure = gap.low > 0 or gap.high < 0
+    flips: dict[str, Any] = {"mended": None, "broken": None, "p": None}
+    if all(np.isin(arm, (0, 1)).all() for arm in arms):
+        mended, broken = int(((intact == 1) & (own == 0)).sum()), int(((intact == 0) & (own == 1)).sum())
+        p = binomtest(mended, mended + broken).pvalue if mended + broken else 1.0
+        flips = {"mended": mended, "broken": broken, "p": float(p)}
+    return Comparison(
+        task=task,
+        metric=metric,
+        items=len(own),
+        full=float(full.mean()),
+        own=float(own.mean()),
+        intact=float(intact.mean()),
+        gain=interval(mean, intact - own),
+        recovered=interval(share, full - own, intact - own) if sure else None,
+        **flips,
+    )
+
+
+def read_samples(path: Path) -> Items:
+    """Every numeric metric of every item in the `samples_TASK_TIME.jsonl` under a folder, or in one such file."""
+    files = [path] if path.is_file() else sorted(path.rglob("samples_*.jsonl"))
+    if not files:
+        raise IntactKVError(f"{path} holds no samples_*.jsonl; run lm_eval with --log_samples --output_path {path}")
+    items: Items = {}
+    for file in files:
+        task = file.stem.removeprefix("samples_").rsplit("_", 1)[0]
+        before = set(items)
+        for line in file.read_text(encoding="utf-8").splitlines():
+            sample = json.loads(line)
+            item = (sample["doc_id"], sample.get("doc_hash"), sample.get("filter"))
+            for metric in sample["metrics"]:
+                name, value = _per_item(metric, sample.get(metric))
+                if (task, name) in before:
+                    raise IntactKVError(f"{path} holds several runs of {task}; give the folder or file of one")
+                if isinstance(value, int | float):
+                    items.setdefault((task, name), {})[item] = float(value)
+    return items
+
+
+def _per_item(metric: str, value: Any) -> tuple[str, Any]:
+    """What lm-eval logs for one item under a perplexity's name: its log-likelihood, with or without a weight."""
+    if not metric.endswith("perplexity"):
+        return metric, value
+    return "log-likelihood", value[0] if isinstance(value, list) else value
+
+
+def to_dict(found: Iterable[Comparison]) -> list[dict[str, Any]]:
+    """Plain data for JSON."""
+    return [asdict(comparison) for comparison in found]
+
+
+def rows(found: Iterable[Comparison]) -> list[Mapping[str, str]]:
+    """The cells of a table, one row for each comparison."""
+    return [
+        {
+            "task": one.task,
+            "metric": one.metric,
+            "items": str(one.items),
+            "full": f"{one.full:.4f}",
+            "own": f"{one.own:.4f}",
+            "intact": f"{one.intact:.4f}",
+            "intact − own [95 %]": f"{one.gain.value:+.4f} [{one.gain.low:+.4f}, {one.gain.high:+.4f}]",
+            "mended, broken": "–" if one.mended is None else f"{one.mended}, {one.broken}",
+            "McNemar p": "–" if one.p is None else f"{one.p:.3f}",
+            "recovered, % [95 %]": "–"
+            if one.recovered is None
+            else f"{100 * one.recovered.value:.0f} [{100 * one.recovered.low:.0f}, {100 * one.recovered.high:.0f}]",
+        }
+        for one in found
+    ]

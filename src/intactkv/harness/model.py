@@ -1,0 +1,197 @@
+"""lm-eval's Hugging Face model with one prefix before every context, intact or the model's own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.api.registry import register_model
+from lm_eval.models.huggingface import HFLM
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from intactkv.attachment import attach
+from intactkv.error import IntactKVError
+from intactkv.kv import IntactKV
+from intactkv.load import load_model, load_tokenizer
+from intactkv.prefix import bos
+
+Encoded = tuple[tuple[str, str] | None, list[int], list[int]]
+
+
+@register_model("intactkv")
+class IntactLM(HFLM):
+    """A causal LM whose every context begins with the prefix, once: what `--model intactkv` makes.
+
+    The three arms of a comparison differ in two arguments and in nothing else:
+
+        --model_args pretrained=FULL,kv=KV,attached=False      the full model
+        --model_args pretrained=MODEL,kv=KV,attached=False     the quantized one with its own prefix
+        --model_args pretrained=MODEL,kv=KV                    the quantized one with the intact prefix
+
+    `pretrained` is a folder, a Hub name or a loaded model, `kv` a file or an `IntactKV`; without it the prefix is the
+    tokenizer's [BOS], the model's own. The prefix stays when a context is too long and is cut on the left, and in
+    every window of a rolling likelihood. A prompt that already begins with the whole prefix (a chat template's) gets
+    it no second time; one that begins with [BOS] and goes on otherwise is refused. Other arguments are HFLM's.
+
+    Raises `IntactKVError` for arguments that would put another beginning before contexts, for a tokenizer without
+    [BOS] where no `kv` says what to begin with, and as `attach`.
+    """
+
+    def __init__(
+        self,
+        pretrained: str | PreTrainedModel,
+        *,
+        kv: str | Path | IntactKV | None = None,
+        attached: bool = True,
+        tokenizer: str | PreTrainedTokenizerBase | None = None,
+        dtype: str | torch.dtype = "auto",
+        device: str | None = None,
+        **options: Any,
+    ) -> None:
+        for name in ("add_bos_token", "prefix_token_id", "peft", "delta"):
+            if options.get(name) is not None:
+                raise IntactKVError(
+                    f"{name}={options[name]!r} was given, but contexts begin with the prefix of kv (by default [BOS]) "
+                    "and the model is the one that kv was made for; leave it out"
+                )
+        if isinstance(pretrained, str):
+            name, model = str(pretrained), load_model(pretrained, dtype=_dtype(dtype))
+            tokenizer = pretrained if tokenizer is None else tokenizer
+        else:
+            name, model = str(pretrained.name_or_path), pretrained
+        if tokenizer is None:
+            raise IntactKVError("a loaded model was given without its tokenizer; give tokenizer= too")
+        if isinstance(tokenizer, str):
+            tokenizer = load_tokenizer(tokenizer)
+        if device is not None:
+            model.to(device)  # type: ignore[arg-type]
+        artifact = IntactKV.load(kv) if isinstance(kv, str | Path) else kv
+        self.prefix: list[int] = bos(tokenizer) if artifact is None else artifact.ids.tolist()
+        self._bos = tokenizer.bos_token_id
+        super().__init__(pretrained=model, tokenizer=tokenizer, **options)
+        if len(self.prefix) >= self.max_length:
+            raise IntactKVError(
+                f"the prefix has {len(self.prefix)} tokens and max_length is {self.max_length}; raise max_length"
+            )
+        self.pretrained = name  # for the result file, which names the model by it
+        self.attachment = attach(model, artifact) if artifact is not None and attached else None
+
+    @property
+    def prefix_token_id(self) -> int:
+        """The token that an empty context ends with."""
+        return self.prefix[-1]
+
+    def tok_encode(
+        self,
+        string: str,
+        add_special_tokens: bool | None = None,
+        left_truncate_len: int | None = None,
+        **kwargs: Any,
+    ) -> list[int]:
+        """The prefix and the string's tokens; the tokens alone with `add_special_tokens=False`."""
+        ids = self.tokenizer.encode(string, add_special_tokens=False)
+        if add_special_tokens is not False:
+            ids = self._prefixed(ids)
+        return ids if not left_truncate_len else self._cut(ids, left_truncate_len)
+
+    def tok_batch_encode(
+        self,
+        strings: list[str],
+        padding_side: str = "left",
+        left_truncate_len: int | None = None,
+        truncation: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        """Prompts for generation: prefixed, cut behind the prefix, padded; `truncation` has nothing left to do."""
+        rows = [self.tok_encode(string, left_truncate_len=left_truncate_len) for string in strings]
+        length = max(len(row) for row in rows)
+        ids = torch.full((len(rows), length), self.tokenizer.pad_token_id)
+        mask = torch.zeros_like(ids)
+        for i, row in enumerate(rows):
+            where = slice(length - len(row), None) if padding_side == "left" else slice(len(row))
+            ids[i, where], mask[i, where] = torch.tensor(row), 1
+        return ids, mask
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """The continuation's log-likelihood after prefix and context; an empty context is the prefix alone."""
+        encoded: list[Encoded] = []
+        for context, continuation in (request.args for request in requests):
+            if context:
+                encoded.append(((context, continuation), *self._encode_pair(context, continuation)))
+            else:
+                own = self.tok_encode(continuation, add_special_tokens=False)
+                encoded.append(((context, continuation), self.prefix, own))
+        return self._loglikelihood_tokens(encoded, disable_tqdm=disable_tqdm)
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Each text's log-likelihood in windows that do not overlap: the prefix, the token before, the window.
+
+        Every token is predicted once, the same ones whatever the prefix's keys and values are.
+        """
+        windows: list[Encoded] = []
+        counts = []
+        for (text,) in (request.args for request in requests):
+            pieces = get_rolling_token_windows(
+                token_list=self.tok_encode(text, add_special_tokens=False),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length - len(self.prefix),
+                context_len=1,
+            )
+            before = len(windows)
+            for context, window in map(make_disjoint_window, pieces):
+                first = len(windows) == before
+                windows.append((None, self.prefix if first else [*self.prefix, *context], window))
+            counts.append(len(windows) - before)
+        found = iter(self._loglikelihood_tokens(windows, disable_tqdm=disable_tqdm))
+        sums = [sum(next(found)[0] for _ in range(count)) for count in counts]
+        for request, total in zip(requests, sums, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return sums
+
+    def _loglikelihood_tokens(
+        self, requests: list[Encoded], disable_tqdm: bool = False, override_bs: int | None = None
+    ) -> list[tuple[float, bool]]:
+        fitted = []
+        for text, context, continuation in requests:
+            room = self.max_length + 1 - len(continuation)
+            if room < len(self.prefix):
+                raise IntactKVError(
+                    f"a continuation of {len(continuation)} tokens leaves no room for the prefix of {len(self.prefix)} "
+                    f"within max_length={self.max_length}; raise max_length if the model allows it"
+                )
+            fitted.append((text, self._cut(context, room), continuation))
+        return super()._loglikelihood_tokens(fitted, disable_tqdm=disable_tqdm, override_bs=override_bs)
+
+    def _prefixed(self, ids: list[int]) -> list[int]:
+        if ids[: len(self.prefix)] == self.prefix:
+            return ids
+        if ids and ids[0] == self._bos:
+            raise IntactKVError(
+                f"a prompt begins with {ids[:8]}, the intact KV's prefix is {self.prefix[:8]}…: both begin with [BOS] "
+                "and then differ; capture the prefix that these prompts begin with (intactkv capture --prefix chat "
+                "--system …), or give the same system prompt to both"
+            )
+        return [*self.prefix, *ids]
+
+    def _cut(self, ids: list[int], length: int) -> list[int]:
+        """The last tokens that fit in `length` behind the prefix."""
+        if len(ids) <= length:
+            return ids
+        if length < len(self.prefix):
+            raise IntactKVError(
+                f"{length} tokens leave no room for the prefix of {len(self.prefix)}; generate fewer tokens or raise "
+                "max_length"
+            )
+        return [*self.prefix, *ids[len(ids) - (length - len(self.prefix)) :]]
+
+
+def _dtype(name: str | torch.dtype) -> str | torch.dtype:
+    if name == "auto" or isinstance(name, torch.dtype):
+        return name
+    found = getattr(torch, str(name), None)
+    if not isinstance(found, torch.dtype):
+        raise IntactKVError(f"dtype={name!r} is unknown to torch; use auto, float32, bfloat16 or float16")
+    return found
