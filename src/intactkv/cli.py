@@ -217,7 +217,9 @@ def calibrate_command(
     held_out: Annotated[int, typer.Option(help="Samples that choose the step and judge it.", min=3)] = 40,
     length: Annotated[int, typer.Option(help="Tokens of a sample, prefix included.")] = 1024,
     values_only: Annotated[bool, typer.Option("--values-only", help="Train the values, keep the keys.")] = False,
-    checkpoint_blocks: Annotated[bool, typer.Option(help="Compute blocks twice to save memory.")] = True,
+    checkpoint_blocks: Annotated[
+        bool | None, typer.Option(help="Compute blocks twice to save memory; by default if a graph takes above 2 GiB.")
+    ] = None,
     system: Annotated[str | None, typer.Option(help="The system prompt of conversations that have none.")] = None,
     spool: Annotated[
         Path | None, typer.Option(help="Keep the full model's targets in this folder, and only one model in memory.")
