@@ -20,10 +20,11 @@ from intactkv import IntactKV, IntactKVError, attach, capture
 from intactkv.calibrate import Objective, Sample, Samples, Settings, Split, calibrate, spool, spool_bytes
 from intactkv.calibrate.activations import activations_fit
 from intactkv.calibrate.backward import effective_weight, frozen, straight_through
+from intactkv.calibrate.board import board
 from intactkv.calibrate.judge import verdict_of
 from intactkv.calibrate.outputs import batched, outputs
 from intactkv.calibrate.processes import share
-from intactkv.calibrate.step import gradients_, order, with_tensors
+from intactkv.calibrate.step import gradients_, order, step_, with_tensors
 from intactkv.calibrate.targets import Live
 from intactkv.calibrate.train import _start
 from intactkv.evaluate import TokenMetrics
@@ -178,6 +179,22 @@ def test_every_sample_comes_once_in_an_epoch_and_steps_need_no_memory() -> None:
     assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10))
     assert seen[:10] != seen[10:]
     assert order(10, 3, settings) == seen[12:16]
+
+
+def test_the_learning_rate_is_the_papers_for_its_objective_and_falls_for_kl(trio: Any) -> None:
+    full, model, kv = trio
+    paper, ours = Settings(), Settings(objective=KL)
+    assert [paper.rate(step) for step in (0, 80, 159)] == [2e-4] * 3
+    assert [ours.rate(step) for step in (0, 80, 160)] == pytest.approx([1e-2, 5e-3, 0.0])
+    assert replace(ours, learning_rate=0.5, decay=False).rate(99) == 0.5
+    with frozen(model):  # AdamW's first step is the rate times the sign of the gradient
+        for step, rate in ((0, 0.03), (6, 0.015)):
+            state = _start(kv, model, QUICK)
+            state.step = step
+            before = {name: t.detach().clone() for name, t in state.tensors.items()}
+            step_(state, kv, model, Live(full, kv.ids), samples(2, 1).rows, QUICK)
+            moved = max(float((t.detach() - before[name]).abs().max()) for name, t in state.tensors.items())
+            assert moved == pytest.approx(rate, rel=1e-2)
 
 
 # The targets
@@ -556,6 +573,40 @@ def test_blocks_that_drop_out_in_training_mode_are_not_checkpointed() -> None:
             calibrate(kv, model, full, data(), settings=settings)
     found = calibrate(kv, model, full, data(), settings=QUICK)
     assert found.provenance["calibration"]["steps"] == QUICK.steps
+
+
+# Curves
+
+
+def test_curves_hold_every_step_and_take_back_what_a_resumed_run_repeats(trio: Any, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    full, model, kv = trio
+    state, settings = tmp_path / "state", replace(QUICK, steps=6, check_every=4)
+
+    def stop(report: Any) -> None:
+        draw(report)
+        if report.step == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), board(tmp_path / "curves") as draw:
+        calibrate(kv, model, full, data(), settings=settings, checkpoint=state, progress=stop)
+    with board(tmp_path / "curves") as draw:
+        found = calibrate(kv, model, full, data(), settings=settings, checkpoint=state, progress=draw)
+    events = EventAccumulator(str(tmp_path / "curves")).Reload()
+    assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4, 5, 6]
+    losses = found.provenance["calibration"]["losses"]
+    assert [event.value for event in events.Scalars("loss")] == pytest.approx(losses, rel=1e-6)
+    last = found.provenance["calibration"]["readings"][-1][1]
+    assert events.Scalars("held-out KL")[-1].value == pytest.approx(last, rel=1e-6)
+
+
+def test_curves_without_tensorboard_end_with_the_remedy(monkeypatch: Any, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(IntactKVError, match=r"pip install 'intactkv\[tensorboard\]'"), board(tmp_path):
+        pass
+    assert not list(tmp_path.iterdir())
 
 
 # Several processes

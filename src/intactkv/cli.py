@@ -210,7 +210,9 @@ def calibrate_command(
     data: Annotated[Path, typer.Option(help="Conversations (.json, .jsonl) or a UTF-8 text.", metavar="FILE")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The file to write.", metavar="KV2")],
     objective: Annotated[str, typer.Option(help="`blocks` (the paper's), `kl`, or `both`.")] = "blocks",
-    learning_rate: Annotated[float, typer.Option(help="AdamW's; the default is the paper's.")] = 2e-4,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="AdamW's; by default the paper's 2e-4, with KL 0.01 that falls to 0.")
+    ] = None,
     steps: Annotated[int, typer.Option(help="Steps of training.")] = 160,
     batch_size: Annotated[int, typer.Option(help="Samples in a step.")] = 16,
     samples: Annotated[int, typer.Option(help="Samples to learn from.", min=1)] = 128,
@@ -225,6 +227,7 @@ def calibrate_command(
         Path | None, typer.Option(help="Keep the full model's targets in this folder, and only one model in memory.")
     ] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="A file to resume from after a stop.", metavar="FILE")] = None,
+    tensorboard: Annotated[Path | None, typer.Option(help="Draw curves for TensorBoard.", metavar="DIR")] = None,
     seed: Annotated[int, typer.Option(help="The seed of the order of samples.")] = 0,
 ) -> None:
     """Train the intact KV to absorb what is left of MODEL's quantization error; keep it only if that helps."""
@@ -246,7 +249,7 @@ def calibrate_command(
             batch_size=batch_size, checkpoint_blocks=checkpoint_blocks,
             parts=("value",) if values_only else ("key", "value"),
         ),
-        places=calibration.Places(spool, checkpoint), console=console,
+        places=calibration.Places(spool, checkpoint, tensorboard), console=console,
     )  # fmt: skip
     if is_main():
         found.save(out)

@@ -68,7 +68,7 @@ class Kept:
         return found
 
     def _write(self, tensor: Tensor) -> None:
-        content = memoryview(tensor.view(-1).view(torch.uint8).numpy())
+        content = _bytes(tensor)
         self._file.seek(self._end)
         while content:
             content = content[self._file.write(content) :]
@@ -78,13 +78,19 @@ class Kept:
         tensors = [torch.empty(shape, dtype=dtype) for shape, dtype in about]
         self._file.seek(start)
         for tensor in tensors:
-            room = memoryview(tensor.view(-1).view(torch.uint8).numpy())
+            room = _bytes(tensor)
             while room:
                 count = self._file.readinto(room)
                 if not count:
                     raise OSError("the file is shorter than what was written to it")
                 room = room[count:]
         return tensors
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    """A contiguous tensor's memory, of any dtype."""
+    raw: Any = tensor.view(-1).view(torch.uint8).numpy()
+    return memoryview(raw)
 
 
 def _joined(tensors: list[Tensor], *, logits: bool) -> Outputs:

@@ -29,6 +29,9 @@ from intactkv.kv import IntactKV, IntactKVError
 class Settings:
     """How to calibrate. The defaults for the paper's objective are the paper's, as far as it has them.
 
+    `learning_rate` None is the paper's 2e-4 for its objective, and 1e-2 where KL is learned from. With `decay` it falls
+    to 0 along half a cosine; None does so where KL is learned from.
+
     `batch_size` samples make a step, `micro_batch` of them are in a forward. Only `parts` ("key", "value") of
     `layers` (None: all) are trained. Held-out KL is read every `check_every` steps; after `patience` readings
     without a better one training stops.
@@ -39,7 +42,8 @@ class Settings:
     """
 
     objective: Objective = field(default_factory=Objective)
-    learning_rate: float = 2e-4
+    learning_rate: float | None = None
+    decay: bool | None = None
     steps: int = 160
     batch_size: int = 16
     micro_batch: int = 1
@@ -60,11 +64,18 @@ class Settings:
         for name in ("activation_bytes", "keep_bytes"):
             if getattr(self, name) < 0:
                 raise IntactKVError(f"{name}={getattr(self, name)} is below 0; give a number of bytes, or 0")
-        for name in ("learning_rate", "clip"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise IntactKVError(f"{name}={getattr(self, name)} must be a finite number above 0")
+        for name, value in (("learning_rate", self.learning_rate), ("clip", self.clip)):
+            if value is not None and not 0 < value < math.inf:
+                raise IntactKVError(f"{name}={value} must be a finite number above 0")
         if not self.parts or set(self.parts) - {"key", "value"}:
             raise IntactKVError(f'parts={self.parts} must name "key", "value" or both')
+
+    def rate(self, step: int) -> float:
+        """The learning rate of the step after `step` others."""
+        papers = self.objective.kl == 0
+        rate = self.learning_rate or (2e-4 if papers else 1e-2)
+        decays = not papers if self.decay is None else self.decay
+        return rate * 0.5 * (1 + math.cos(math.pi * step / self.steps)) if decays else rate
 
 
 def with_tensors(kv: IntactKV, tensors: dict[str, Tensor]) -> IntactKV:
@@ -97,6 +108,8 @@ def step_(
             f"the loss of step {state.step + 1} is {loss} and its gradient's norm {norm.item()}; a checkpoint, if one "
             "is kept, holds the last good step: use a smaller learning rate, or load the model in bfloat16 or float32"
         )
+    for group in state.optimizer.param_groups:
+        group["lr"] = settings.rate(state.step)
     state.optimizer.step()
     return loss
 

@@ -73,7 +73,7 @@ def calibrate(
     `kv`'s, one through which no gradient comes, a loss that is not finite, and a checkpoint that cannot be written.
     """
     settings = settings or Settings()
-    targets = full if isinstance(full, Spool) else Live(full, kv.ids.cpu())
+    targets: Targets = full if isinstance(full, Spool) else Live(full, kv.ids.cpu())
     _check(kv, model, data, settings)
     identity = _identity(kv, model, targets, data, settings)
     job = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
@@ -152,7 +152,7 @@ def _start(kv: IntactKV, model: PreTrainedModel, settings: Settings) -> State:
                 dtype = torch.promote_types(torch.promote_types(tensor.dtype, model.dtype), torch.float32)
                 tensors[f"layers.{i}.{part}"] = tensor.detach().to(model.device, dtype, copy=True).requires_grad_()
     # no weight decay: it would pull keys and values to zero, which is nothing they should be near
-    optimizer = torch.optim.AdamW(tensors.values(), lr=settings.learning_rate, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(tensors.values(), lr=settings.rate(0), weight_decay=0.0)
     return State(tensors, optimizer, {name: tensor.detach().clone() for name, tensor in tensors.items()})
 
 
