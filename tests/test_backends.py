@@ -292,8 +292,10 @@ def test_it_calibrates_or_is_refused_by_name(served: Served, full: tuple[Path, I
     found = calibrate(served.kv, *job, settings=settings)
     about = found.provenance["calibration"]
     mended = ", ".join(f"{count} {name}" for name, count in about["straight_through"].items())
-    assert bool(mended) != arrives.startswith("yes")
-    assert about["losses"][-1] < about["losses"][0]
+    assert bool(mended) != arrives.startswith("yes"), (mended, arrives)
+    assert (
+        about["losses"][-1] < about["losses"][0] or about["losses"][0] < TOLERANCE
+    )  # half precision leaves nothing to learn
     fallen = f"{about['losses'][-1] / about['losses'][0]:.2f}"
     served.record("calibrates", f"{'effective weights of ' + mended if mended else 'own kernel'}, {fallen}")
 

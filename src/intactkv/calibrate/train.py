@@ -170,6 +170,10 @@ def _settled(
     """The settings with it decided whether blocks are checkpointed, and the kernels mended while `stack` is open."""
     rows = sorted(data.train.rows, key=lambda row: len(row.ids))[-settings.micro_batch :]
     own = with_tensors(kv, _start(kv, model, settings).tensors)
+    with (
+        torch.no_grad()
+    ):  # as every reading does: bitsandbytes' nf4 then packs its weights and has no backward any more
+        outputs(model, batched(rows, prefix=kv.ids.cpu()), blocks=False, logits=True)
 
     def decided() -> Settings:
         if settings.checkpoint_blocks is not None:
