@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reas
 
 
 def test_memory_and_speed(benchmark: Any, report: Callable[..., None], request: pytest.FixtureRequest) -> None:
-    samples, window, steps, rounds = (8, 32, 1, 2) if request.config.getoption("--quick") else (128, 256, 5, 4)
+    samples, window, steps, rounds = (8, 32, 1, 2) if request.config.getoption("--quick") else (128, 256, 4, 3)
     found: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
     script = str(Path(__file__).with_name("paper_calibration.py"))
 
