@@ -1,5 +1,8 @@
 """The paper's calibration beside ours, in a process of its own: seconds per step and peak memory beyond the models.
 
+`step` is the median over the steps in which no target is computed for the first time, `first` what computing them cost
+before (all at once, or spread over the steps of the first epoch).
+
 `held` is the paper's scheme, written anew from its description: the full model's block outputs of *every* sample are
 computed first and held in memory; then the quantized model reads one sample at a time behind a cache that holds the
 trainable keys and values, ½·MSE of every block's output at learned tokens, AdamW, gradients accumulated over a step.
@@ -13,7 +16,10 @@ import ctypes
 import json
 import sys
 import tempfile
+from contextlib import ExitStack, closing
+from dataclasses import replace
 from pathlib import Path
+from statistics import median
 from time import perf_counter
 from typing import Any
 
@@ -22,12 +28,21 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from intactkv import bos, capture
-from intactkv.calibrate import Samples, Settings, Split, spool, text_samples
-from intactkv.calibrate.step import order, step_
+from intactkv.calibrate import Sample, Samples, Settings, Split, spool, text_samples
+from intactkv.calibrate.activations import activations_fit
+from intactkv.calibrate.keep import Kept
+from intactkv.calibrate.step import order, step_, with_tensors
 from intactkv.calibrate.targets import Live
 from intactkv.calibrate.train import _start
 from intactkv.demo import MODEL, TEXT
 from intactkv.load import load_model, load_tokenizer
+
+WAYS: dict[str, dict[str, Any]] = {
+    "held": {},
+    "default": {},
+    "spooled": {},
+    "least memory": {"checkpoint_blocks": True, "keep_bytes": 0},
+}
 
 
 def main(way: str, samples: int, window: int, steps: int) -> None:
@@ -40,30 +55,54 @@ def main(way: str, samples: int, window: int, steps: int) -> None:
             parameter += 0.1 * parameter.std() * torch.randn(parameter.shape)
             parameter.requires_grad_(False)
     kv = capture(full, bos(tokenizer))
-    rows = text_samples(TEXT, tokenizer, prefix=kv.ids, length=window, count=samples).rows
-    rows = (rows * samples)[:samples]
-    settings = Settings(steps=steps, batch_size=8, checkpoint_blocks=way != "spooled, blocks kept")
-    with tempfile.TemporaryDirectory() as folder:
-        if way.startswith("spooled"):
-            unique = Samples(tuple({row.digest: row for row in rows}.values()))
-            targets: Any = spool(full, Split(unique, Samples(rows[:1]), Samples(rows[:2])), folder, prefix=kv.ids)
-        elif way == "live":
-            targets = Live(full, kv.ids)
+    rows = _overlapping(text_samples(TEXT, tokenizer, prefix=kv.ids, length=window).rows, len(kv), samples)
+    epoch = samples // 8  # steps in which targets are computed, where they are kept for the later ones
+    settings = Settings(steps=epoch + steps if way == "default" else steps, batch_size=8, **WAYS[way])
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        if way == "spooled":
+            targets: Any = spool(
+                full, Split(Samples(rows), Samples(rows[:1]), Samples(rows[:2])), folder, prefix=kv.ids
+            )
         before = _memory(reset=True)
+        began = perf_counter()
         if way == "held":
-            seconds = _held(full, model, kv, rows, settings)
+            held = _targets(full, model, rows)
+            first = perf_counter() - began
+            seconds = _held(model, kv, rows, held, settings)
         else:
-            state = _start(kv, model, settings)
-            seconds = []
-            for step in range(steps):
-                began = perf_counter()
-                step_(state, kv, model, targets, [rows[i] for i in order(len(rows), step, settings)], settings)
-                seconds.append(perf_counter() - began)
-        print(json.dumps({"mib": _memory() - before, "seconds": min(seconds)}))
+            if way != "spooled":
+                targets = Live(full, kv.ids)
+                if settings.keep_bytes:
+                    targets = stack.enter_context(closing(Kept(targets, most_bytes=settings.keep_bytes)))
+            if settings.checkpoint_blocks is None:
+                own = with_tensors(kv, _start(kv, model, settings).tensors)
+                fits = activations_fit(own, model, rows[:1], settings.objective, most_bytes=settings.activation_bytes)
+                settings = replace(settings, checkpoint_blocks=not fits)
+            seconds = _ours(targets, model, kv, rows, settings)
+            first = sum(seconds[:-steps]) - (len(seconds) - steps) * median(seconds[-steps:])
+        print(json.dumps({"mib": _memory() - before, "first": first, "step": median(seconds[-steps:])}))
 
 
-def _held(full: Any, model: Any, kv: Any, rows: Any, settings: Settings) -> list[float]:
-    """The paper's scheme; the seconds of every step, the first pass over the full model not counted."""
+def _overlapping(rows: Any, prefix: int, count: int) -> tuple[Sample, ...]:
+    """As many different samples as asked for: the text cut again and again, each time some tokens later."""
+    text, width = torch.cat([row.ids[prefix:] for row in rows]), len(rows[0].ids) - prefix
+    starts = torch.linspace(0, len(text) - width, count).long().tolist()
+    head = rows[0].ids[:prefix]
+    return tuple(Sample(torch.cat([head, text[i : i + width]]), rows[0].learned) for i in starts)
+
+
+def _ours(targets: Any, model: Any, kv: Any, rows: Any, settings: Settings) -> list[float]:
+    """The seconds of every step."""
+    state, seconds = _start(kv, model, settings), []
+    for step in range(settings.steps):
+        began = perf_counter()
+        step_(state, kv, model, targets, [rows[i] for i in order(len(rows), step, settings)], settings)
+        seconds.append(perf_counter() - began)
+    return seconds
+
+
+def _targets(full: Any, model: Any, rows: Any) -> tuple[list[list[Tensor]], list[Tensor]]:
+    """The full model's block outputs of all samples, and the list into which `model` will put its own."""
     held: list[list[Tensor]] = []
     outputs: list[Tensor] = []
     for some in (full, model):
@@ -74,8 +113,14 @@ def _held(full: Any, model: Any, kv: Any, rows: Any, settings: Settings) -> list
             outputs.clear()
             full(row.ids[None], use_cache=False)
             held.append([output[0].clone() for output in outputs])
+    return held, outputs
+
+
+def _held(model: Any, kv: Any, rows: Any, targets: Any, settings: Settings) -> list[float]:
+    """The paper's scheme; the seconds of every step, the first pass over the full model not counted."""
+    held, outputs = targets
     layers = [tuple(t.clone().requires_grad_() for t in pair) for pair in kv.layers.values()]
-    optimizer = torch.optim.AdamW([t for pair in layers for t in pair], lr=settings.learning_rate, weight_decay=0.0)
+    optimizer = torch.optim.AdamW([t for pair in layers for t in pair], lr=settings.rate(0), weight_decay=0.0)
     seconds = []
     for step in range(settings.steps):
         began = perf_counter()

@@ -3,11 +3,13 @@
 What it does: quantizes MODEL by each method at each number of bits, with the intact KV in the checkpoint's own basis,
 calibrates it on LEARN (its last pieces choose and judge), and measures four arms on TEXT: the quantized model with its
 own prefix, with the intact one, with the calibrated one, and the full model. Rows are written as they are done, and a
-run that was stopped goes on after the last whole row. What it gives up: one model, one seed, one learning rate for all.
+run that was stopped goes on after the last whole row. `s` is the whole calibration with its readings and gate, `MiB`
+its peak memory beyond both models. What it gives up: one model, one seed, one learning rate for all.
 """
 
 from __future__ import annotations
 
+import ctypes
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -30,8 +32,8 @@ HEAD = "A reader opens an encyclopaedia and finds an article about places, peopl
 HEAD += "rivers and the years in which all of these things happened."
 HEADER = (
     "| method | bits | prefix | objective | KL own | intact | calibrated | closed, intact % | closed, calibrated % "
-    "| calibrated − intact, KL | PPL full | own | intact | calibrated | best step | adopted | s |\n"
-    "|---|---:|---:|---|---:|---:|---:|---|---|---|---:|---:|---:|---:|---:|---|---:|\n"
+    "| calibrated − intact, KL | PPL full | own | intact | calibrated | best step | adopted | s | MiB |\n"
+    "|---|---:|---:|---|---:|---:|---:|---|---|---|---:|---:|---:|---:|---:|---|---:|---:|\n"
 )
 
 
@@ -47,6 +49,7 @@ def main(
     steps: Annotated[int, typer.Option(help="Steps of training.")] = 160,
     batch_size: Annotated[int, typer.Option(help="Samples in a step.")] = 16,
     learning_rate: Annotated[float, typer.Option(help="AdamW's.")] = 1e-2,
+    decay: Annotated[bool, typer.Option(help="Let the learning rate fall to 0.")] = True,
     samples: Annotated[int, typer.Option(help="Pieces to learn from; 20 more choose and judge.")] = 128,
     window: Annotated[int, typer.Option(help="Tokens in a piece, prefix included.")] = 256,
     windows: Annotated[int, typer.Option(help="Windows to measure on.")] = 32,
@@ -61,7 +64,9 @@ def main(
     if not out.exists():
         out.write_text(HEADER, encoding="utf-8")
     done = {tuple(line.split("|")[1:5]) for line in out.read_text(encoding="utf-8").splitlines()}
-    settings = Settings(steps=steps, batch_size=batch_size, learning_rate=learning_rate, check_every=max(1, steps // 6))
+    settings = Settings(
+        steps=steps, batch_size=batch_size, learning_rate=learning_rate, decay=decay, check_every=max(1, steps // 6)
+    )
     for name, width in ((m, int(b)) for b in bits.split(",") for m in methods.split(",")):
         cells = [(length, goal) for length in lengths for goal in objectives.split(",")]
         cells = [c for c in cells if (f" {name} ", f" {width} ", f" {c[0]} ", f" {c[1]} ") not in done]
@@ -99,9 +104,9 @@ def _shortened(kv: IntactKV, length: int) -> IntactKV:
 
 def _row(full: Any, model: Any, kv: IntactKV, data: tuple[Any, Windows], settings: Settings) -> str:
     """Calibrate and measure: the figures of one row. The calibrated arm is shown also where it was not adopted."""
-    began = perf_counter()
+    began, before = perf_counter(), _memory(reset=True)
     calibrated = calibrate(kv, model, full, split(data[0], held_out=20), settings=settings)
-    seconds = perf_counter() - began
+    seconds, mib = perf_counter() - began, _memory() - before
     about = calibrated.provenance["calibration"]
     arms = [Arm("own", model), Arm("intact", model, kv), Arm("calibrated", model, calibrated)]
     found = evaluate(full, arms, data[1], block_mse=False)
@@ -112,8 +117,17 @@ def _row(full: Any, model: Any, kv: IntactKV, data: tuple[Any, Windows], setting
     less = found.difference(own="calibrated", intact="intact")["kl_mean"]
     paired = f"{less.value:+.4f} [{less.low:+.4f}, {less.high:+.4f}]"
     ppl = [f"{table[arm]['perplexity']:.2f}" for arm in ("full", "own", "intact", "calibrated")]
-    end = [str(about["best_step"]), "yes" if about["adopted"] else "no", f"{seconds:.0f}"]
+    end = [str(about["best_step"]), "yes" if about["adopted"] else "no", f"{seconds:.0f}", f"{mib:.0f}"]
     return " | ".join([*kl, *shares, paired, *ppl, *end])
+
+
+def _memory(*, reset: bool = False) -> float:
+    """The process's largest resident size in MiB since the last `reset`, which begins at the present size; Linux."""
+    if reset:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # what was freed before would else be used again, unseen
+        Path("/proc/self/clear_refs").write_text("5")
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
 
 
 if __name__ == "__main__":

@@ -13,9 +13,10 @@ import torch
 from backends import BACKENDS, BROKEN, ROWS, STEP, Backend, Load, page, save_full
 from models import PREFIX, padded, prompts, reference_cache, reference_logits
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from intactkv import Attachment, IntactKV, IntactKVError, attach, capture
+from intactkv.calibrate import Objective, Sample, Samples, Settings, Split, calibrate
 
 P = len(PREFIX)
 PAGE = Path(__file__).parent.parent / "docs/backends.md"
@@ -273,6 +274,30 @@ def test_what_the_page_says_of_it(served: Served) -> None:
         assert remedied.startswith("yes")
         arrives += f"; with the remedy: {remedied}"
     served.record("gradient", arrives)
+
+
+def test_it_calibrates_or_is_refused_by_name(served: Served, full: tuple[Path, IntactKV]) -> None:
+    """With the gradient of its own kernel, or with that of its effective weights where the kernel has none."""
+    if served.dtype != torch.float32:
+        pytest.skip("in float32 only, where the loss must fall")
+    rows = Samples(tuple(Sample(row, torch.arange(len(row)) >= P) for row in prompts()))
+    settings = Settings(Objective(1, 1), learning_rate=0.02, steps=8, batch_size=len(rows), check_every=8)
+    whole = AutoModelForCausalLM.from_pretrained(full[0], dtype=torch.float32)
+    arrives, job = gradient(served.model, served.kv), (served.model, whole, Split(rows, rows, rows))
+    if served.backend.other_basis:
+        with pytest.raises(IntactKVError, match="basis"):
+            calibrate(served.kv, *job, settings=settings)
+        served.record("calibrates", "refused: another basis")
+        return
+    found = calibrate(served.kv, *job, settings=settings)
+    about = found.provenance["calibration"]
+    mended = ", ".join(f"{count} {name}" for name, count in about["straight_through"].items())
+    assert bool(mended) != arrives.startswith("yes"), (mended, arrives)
+    assert (
+        about["losses"][-1] < about["losses"][0] or about["losses"][0] < TOLERANCE
+    )  # half precision leaves nothing to learn
+    fallen = f"{about['losses'][-1] / about['losses'][0]:.2f}"
+    served.record("calibrates", f"{'effective weights of ' + mended if mended else 'own kernel'}, {fallen}")
 
 
 def off(theirs: Tensor, full: Tensor) -> float:

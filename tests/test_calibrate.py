@@ -16,13 +16,15 @@ import torch
 from models import PREFIX, VOCAB, build, by_name, make_pair, prompts, reference_cache, rounded
 from torch import Tensor, nn
 
-from intactkv import IntactKV, IntactKVError, capture
+from intactkv import IntactKV, IntactKVError, attach, capture
 from intactkv.calibrate import Objective, Sample, Samples, Settings, Split, calibrate, spool, spool_bytes
+from intactkv.calibrate.activations import activations_fit
 from intactkv.calibrate.backward import effective_weight, frozen, straight_through
+from intactkv.calibrate.board import board
 from intactkv.calibrate.judge import verdict_of
 from intactkv.calibrate.outputs import batched, outputs
 from intactkv.calibrate.processes import share
-from intactkv.calibrate.step import gradients_, order
+from intactkv.calibrate.step import gradients_, order, step_, with_tensors
 from intactkv.calibrate.targets import Live
 from intactkv.calibrate.train import _start
 from intactkv.evaluate import TokenMetrics
@@ -179,6 +181,22 @@ def test_every_sample_comes_once_in_an_epoch_and_steps_need_no_memory() -> None:
     assert order(10, 3, settings) == seen[12:16]
 
 
+def test_the_learning_rate_is_the_papers_for_its_objective_and_falls_for_kl(trio: Any) -> None:
+    full, model, kv = trio
+    paper, ours = Settings(), Settings(objective=KL)
+    assert [paper.rate(step) for step in (0, 80, 159)] == [2e-4] * 3
+    assert [ours.rate(step) for step in (0, 80, 160)] == pytest.approx([1e-2, 5e-3, 0.0])
+    assert replace(ours, learning_rate=0.5, decay=False).rate(99) == 0.5
+    with frozen(model):  # AdamW's first step is the rate times the sign of the gradient
+        for step, rate in ((0, 0.03), (6, 0.015)):
+            state = _start(kv, model, QUICK)
+            state.step = step
+            before = {name: t.detach().clone() for name, t in state.tensors.items()}
+            step_(state, kv, model, Live(full, kv.ids), samples(2, 1).rows, QUICK)
+            moved = max(float((t.detach() - before[name]).abs().max()) for name, t in state.tensors.items())
+            assert moved == pytest.approx(rate, rel=1e-2)
+
+
 # The targets
 
 
@@ -213,6 +231,68 @@ def test_a_spool_goes_on_where_it_stopped_and_refuses_what_is_not_its_own(trio: 
         spool(model, parts, tmp_path, prefix=kv.ids)
     with pytest.raises(IntactKVError, match="1,000 are allowed"):
         spool(full, parts, tmp_path / "new", prefix=kv.ids, most_bytes=1000)
+
+
+def test_targets_kept_on_disk_are_those_computed_again_bit_for_bit(trio: Any, monkeypatch: Any, tmp_path: Path) -> None:
+    full, model, kv = trio
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    settings, found = replace(QUICK, objective=BOTH, micro_batch=3, steps=6), []
+    for most in (1, 30_000, 2**30):  # none fits, some do, all do
+        computed: list[int] = []
+        hook = full.register_forward_hook(lambda *_, computed=computed: computed.append(1))
+        found.append((calibrate(kv, model, full, data(), settings=replace(settings, keep_bytes=most)), len(computed)))
+        hook.remove()
+    rows = sum(len(part) for part in (data().train, data().choose, data().judge))
+    assert found[0][1] > found[1][1] > found[2][1]
+    assert found[2][1] <= rows + 2  # each once, and what is looked at before the first step
+    losses = [one.provenance["calibration"]["losses"] for one, _ in found]
+    assert losses[0] == losses[1] == losses[2]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_no_place_for_targets(trio: Any, monkeypatch: Any, tmp_path: Path) -> None:
+    full, model, kv = trio
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, limits[1]))
+    try:
+        with pytest.raises(IntactKVError, match=r"targets cannot be kept in .* keep_bytes=0"):
+            calibrate(kv, model, full, data(), settings=QUICK)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    calibrate(kv, model, full, data(), settings=replace(QUICK, keep_bytes=0, steps=1))
+
+
+# What the graph takes
+
+
+@pytest.mark.parametrize("objective", [KL, BLOCKS], ids=["kl", "blocks"])
+def test_blocks_are_checkpointed_where_the_graph_passes_its_bound(trio: Any, objective: Objective) -> None:
+    """The bound is exact: what the graph keeps, counted by hand over the same forward, and one byte less."""
+    full, model, kv = trio
+    rows = list(data().train.rows)[:2]
+    tensors = _start(kv, model, QUICK).tensors
+    own, kept = with_tensors(kv, tensors), dict[int, int]()
+    weights = {p.untyped_storage().data_ptr() for p in [*model.parameters(), *model.buffers()]}
+
+    def count(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() not in weights:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    wanted = {"blocks": objective.blocks > 0, "logits": objective.kl > 0}
+    with frozen(model):
+        target = Live(full, kv.ids).of(rows, **wanted)
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda t: t), attach(model, own, check=False):
+            graph = objective.sums(target, outputs(model, batched(rows, prefix=kv.ids), **wanted))
+        size = sum(kept.values())
+        assert any(part is not None and part.requires_grad for part in graph)
+        assert size > 2 * sum(len(row.ids) for row in rows) * model.config.hidden_size * 4 * len(kv.layers)
+        fits = {most: activations_fit(own, model, rows, objective, most_bytes=most) for most in (0, size - 1, size)}
+    assert fits == {0: False, size - 1: False, size: True}
+    for most, checkpointed in ((0, True), (2**30, False)):
+        found = calibrate(kv, model, full, data(), settings=replace(QUICK, steps=1, activation_bytes=most))
+        assert found.provenance["calibration"]["checkpointed"] is checkpointed
 
 
 # The gate
@@ -341,16 +421,16 @@ def test_a_loss_that_is_no_number_ends_with_a_sentence_and_the_last_good_state(t
     def spoil(report: Any) -> None:
         if report.step == 4:
             with torch.no_grad():
-                full.model.embed_tokens.weight[spoiled] = math.nan
+                model.model.embed_tokens.weight[spoiled] = math.nan
 
     spoiled = int(data().train.rows[0].ids[5])
-    kept = full.model.embed_tokens.weight.detach().clone()
+    kept = model.model.embed_tokens.weight.detach().clone()
     try:
         with pytest.raises(IntactKVError, match=r"the loss of step \d+ is nan"):
             calibrate(kv, model, full, data(), settings=QUICK, checkpoint=state, progress=spoil)
     finally:
         with torch.no_grad():
-            full.model.embed_tokens.weight.copy_(kept)
+            model.model.embed_tokens.weight.copy_(kept)
     resumed: list[int] = []
     calibrate(kv, model, full, data(), settings=QUICK, checkpoint=state, progress=lambda r: resumed.append(r.step))
     assert resumed[0] == 5
@@ -378,6 +458,8 @@ def test_the_checkpoint_of_another_run_and_rubbish_are_refused(trio: Any, tmp_pa
         ({"learning_rate": math.nan}, "learning_rate=nan"),
         ({"parts": ("query",)}, "parts="),
         ({"patience": 0}, "patience=0"),
+        ({"keep_bytes": -1}, "keep_bytes=-1"),
+        ({"activation_bytes": -1}, "activation_bytes=-1"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(change: dict[str, Any], message: str) -> None:
@@ -451,6 +533,27 @@ def test_kernels_without_backward_are_trained_through_their_effective_weights() 
     assert not any("forward" in vars(module) for module in served.modules())
 
 
+class Packing(nn.Linear):
+    """A layer that loses its backward pass with the first forward without gradients, as bitsandbytes' nf4 does."""
+
+    packed = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.packed = self.packed or not torch.is_grad_enabled()
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.packed):
+            return nn.functional.linear(x, self.weight, self.bias)
+
+
+def test_kernels_that_lose_their_backward_with_the_first_reading_are_mended() -> None:
+    full, model, kv = make_pair(by_name("llama-gqa"))
+    for module in model.model.layers.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = Packing
+    about = calibrate(kv, model, full, data(), settings=replace(QUICK, batch_size=8)).provenance["calibration"]
+    assert about["straight_through"] == {"Packing": 21}
+    assert sum(about["losses"][-3:]) < 0.98 * sum(about["losses"][:3])
+
+
 def test_where_no_gradient_can_be_had_the_backend_is_named() -> None:
     full, model, kv = make_pair(by_name("llama-gqa"))
     for layer in model.model.layers:
@@ -486,10 +589,45 @@ def test_checkpoints_by_llm_compressor_calibrate(tmp_path: Path, activation_bits
 def test_blocks_that_drop_out_in_training_mode_are_not_checkpointed() -> None:
     full, model, kv = make_pair(by_name("opt"))
     assert model.config.dropout > 0
-    with pytest.raises(IntactKVError, match="checkpoint_blocks=False"):
-        calibrate(kv, model, full, data(), settings=QUICK)
-    found = calibrate(kv, model, full, data(), settings=replace(QUICK, checkpoint_blocks=False))
+    for settings in (replace(QUICK, checkpoint_blocks=True), replace(QUICK, activation_bytes=0)):
+        with pytest.raises(IntactKVError, match="checkpoint_blocks=False"):
+            calibrate(kv, model, full, data(), settings=settings)
+    found = calibrate(kv, model, full, data(), settings=QUICK)
     assert found.provenance["calibration"]["steps"] == QUICK.steps
+
+
+# Curves
+
+
+def test_curves_hold_every_step_and_take_back_what_a_resumed_run_repeats(trio: Any, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    full, model, kv = trio
+    state, settings = tmp_path / "state", replace(QUICK, steps=6, check_every=4)
+
+    def stop(report: Any) -> None:
+        draw(report)
+        if report.step == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), board(tmp_path / "curves") as draw:
+        calibrate(kv, model, full, data(), settings=settings, checkpoint=state, progress=stop)
+    with board(tmp_path / "curves") as draw:
+        found = calibrate(kv, model, full, data(), settings=settings, checkpoint=state, progress=draw)
+    events = EventAccumulator(str(tmp_path / "curves")).Reload()
+    assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4, 5, 6]
+    losses = found.provenance["calibration"]["losses"]
+    assert [event.value for event in events.Scalars("loss")] == pytest.approx(losses, rel=1e-6)
+    last = found.provenance["calibration"]["readings"][-1][1]
+    assert events.Scalars("held-out KL")[-1].value == pytest.approx(last, rel=1e-6)
+
+
+def test_curves_without_tensorboard_end_with_the_remedy(monkeypatch: Any, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(IntactKVError, match=r"pip install 'intactkv\[tensorboard\]'"), board(tmp_path):
+        pass
+    assert not list(tmp_path.iterdir())
 
 
 # Several processes

@@ -276,19 +276,24 @@ def calibrate_command(
     data: Annotated[Path, typer.Option(help="Conversations (.json, .jsonl) or a UTF-8 text.", metavar="FILE")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The file to write.", metavar="KV2")],
     objective: Annotated[str, typer.Option(help="`blocks` (the paper's), `kl`, or `both`.")] = "blocks",
-    learning_rate: Annotated[float, typer.Option(help="AdamW's; the default is the paper's.")] = 2e-4,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="AdamW's; by default the paper's 2e-4, with KL 0.01 that falls to 0.")
+    ] = None,
     steps: Annotated[int, typer.Option(help="Steps of training.")] = 160,
     batch_size: Annotated[int, typer.Option(help="Samples in a step.")] = 16,
     samples: Annotated[int, typer.Option(help="Samples to learn from.", min=1)] = 128,
     held_out: Annotated[int, typer.Option(help="Samples that choose the step and judge it.", min=3)] = 40,
     length: Annotated[int, typer.Option(help="Tokens of a sample, prefix included.")] = 1024,
     values_only: Annotated[bool, typer.Option("--values-only", help="Train the values, keep the keys.")] = False,
-    checkpoint_blocks: Annotated[bool, typer.Option(help="Compute blocks twice to save memory.")] = True,
+    checkpoint_blocks: Annotated[
+        bool | None, typer.Option(help="Compute blocks twice to save memory; by default if a graph takes above 2 GiB.")
+    ] = None,
     system: Annotated[str | None, typer.Option(help="The system prompt of conversations that have none.")] = None,
     spool: Annotated[
         Path | None, typer.Option(help="Keep the full model's targets in this folder, and only one model in memory.")
     ] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="A file to resume from after a stop.", metavar="FILE")] = None,
+    tensorboard: Annotated[Path | None, typer.Option(help="Draw curves for TensorBoard.", metavar="DIR")] = None,
     seed: Annotated[int, typer.Option(help="The seed of the order of samples.")] = 0,
 ) -> None:
     """Train the intact KV to absorb what is left of MODEL's quantization error; keep it only if that helps."""
@@ -311,7 +316,7 @@ def calibrate_command(
             batch_size=batch_size, checkpoint_blocks=checkpoint_blocks,
             parts=("value",) if values_only else ("key", "value"),
         ),
-        places=calibration.Places(spool, checkpoint), console=console,
+        places=calibration.Places(spool, checkpoint, tensorboard), console=console,
     )  # fmt: skip
     if is_main():
         found.save(out)

@@ -321,6 +321,11 @@ def weights_digest(model: PreTrainedModel) -> str:
 
 
 def _hash_tensor(sha: Any, name: str, tensor: Tensor) -> None:
+    inner = getattr(tensor, "__tensor_flatten__", None)
+    if inner is not None:  # a tensor that wraps plain ones: torchao's
+        for part in inner()[0]:
+            _hash_tensor(sha, f"{name}.{part}", getattr(tensor, part))
+        return
     sha.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
     sha.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
 

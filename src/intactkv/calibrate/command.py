@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from rich.console import Console
 from rich.progress import Progress
 from transformers import PreTrainedModel
 
+from intactkv.calibrate.board import board
 from intactkv.calibrate.conversations import conversation_samples
 from intactkv.calibrate.objective import Objective
 from intactkv.calibrate.processes import is_main, wait
@@ -39,10 +41,11 @@ class Data:
 
 @dataclass(frozen=True)
 class Places:
-    """Where the targets are spooled, if they are, and where the state is kept to resume from."""
+    """Where the targets are spooled, the state is kept to resume from, and curves are drawn: each if it is wanted."""
 
     spool: Path | None
     checkpoint: Path | None
+    tensorboard: Path | None = None
 
 
 def run(
@@ -50,6 +53,7 @@ def run(
 ) -> IntactKV:
     """Calibrate `kv` for `model` from the command line's arguments."""
     device, console = _process(), console if is_main() else Console(quiet=True)
+    curves: Any = board(places.tensorboard) if places.tensorboard is not None and is_main() else nullcontext()
     parts = _samples(data, full, kv, console)
     goal: dict[str, bool] = {"blocks": settings.objective.blocks > 0, "logits": settings.objective.kl > 0}
     targets: PreTrainedModel | Spool
@@ -63,12 +67,14 @@ def run(
         targets = Spool(places.spool)
     with console.status(f"loading {model}"):
         quantized = load_model(model).to(device)
-    with Progress(console=console, transient=True) as bar:
+    with curves as draw, Progress(console=console, transient=True) as bar:
         task = bar.add_task("calibrating", total=settings.steps)
 
         def show(now: Report) -> None:
             text = f"loss {now.loss:.4g}, held-out KL {now.kl:.4f}, {now.seconds_left:.0f} s left"
             bar.update(task, completed=now.step, description=text)
+            if draw is not None:
+                draw(now)
 
         found = calibrate(kv, quantized, targets, parts, settings=settings, checkpoint=places.checkpoint, progress=show)
     for sentence in sentences(found.provenance["calibration"]):

@@ -14,7 +14,7 @@ from intactkv.attachment import attach
 from intactkv.calibrate.outputs import batched, outputs
 from intactkv.calibrate.processes import share, sum_
 from intactkv.calibrate.samples import Samples
-from intactkv.calibrate.targets import Live, Spool
+from intactkv.calibrate.targets import Targets
 from intactkv.evaluate.metrics import (
     Interval,
     TokenMetrics,
@@ -28,7 +28,7 @@ from intactkv.kv import IntactKV, IntactKVError
 
 @torch.no_grad()
 def held_out_metrics(
-    model: PreTrainedModel, kv: IntactKV | None, targets: Live | Spool, samples: Samples, prefix: Tensor
+    model: PreTrainedModel, kv: IntactKV | None, targets: Targets, samples: Samples, prefix: Tensor
 ) -> TokenMetrics:
     """Token metrics `(sample, token)` of `model` with `kv` attached, or its own prefix, at the learned tokens.
 

@@ -21,21 +21,29 @@ from intactkv.calibrate.outputs import batched, outputs
 from intactkv.calibrate.processes import grouped, share, sum_
 from intactkv.calibrate.samples import Sample
 from intactkv.calibrate.state import State
-from intactkv.calibrate.targets import Live, Spool
+from intactkv.calibrate.targets import Targets
 from intactkv.kv import IntactKV, IntactKVError
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How to calibrate. The defaults are the paper's, but for `clip`, `check_every` and `patience`, which are ours.
+    """How to calibrate. The defaults for the paper's objective are the paper's, as far as it has them.
+
+    `learning_rate` None is the paper's 2e-4 for its objective, and 1e-2 where KL is learned from. With `decay` it falls
+    to 0 along half a cosine; None does so where KL is learned from.
 
     `batch_size` samples make a step, `micro_batch` of them are in a forward. Only `parts` ("key", "value") of
     `layers` (None: all) are trained. Held-out KL is read every `check_every` steps; after `patience` readings
-    without a better one training stops. `checkpoint_blocks` trades a second forward for memory.
+    without a better one training stops.
+
+    `checkpoint_blocks` computes every block twice to save memory; None does so where a micro-batch's graph would take
+    more than `activation_bytes`. A full model on a CPU computes each target once: the next time it is read from a
+    temporary file of at most `keep_bytes` (0: computed at every step; elsewhere it always is).
     """
 
     objective: Objective = field(default_factory=Objective)
-    learning_rate: float = 2e-4
+    learning_rate: float | None = None
+    decay: bool | None = None
     steps: int = 160
     batch_size: int = 16
     micro_batch: int = 1
@@ -44,18 +52,30 @@ class Settings:
     clip: float = 1.0
     check_every: int = 20
     patience: int = 4
-    checkpoint_blocks: bool = True
+    checkpoint_blocks: bool | None = None
+    activation_bytes: int = 2 * 2**30
+    keep_bytes: int = 32 * 2**30
     seed: int = 0
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "micro_batch", "check_every", "patience"):
             if getattr(self, name) < 1:
                 raise IntactKVError(f"{name}={getattr(self, name)} is too few; use 1 or more")
-        for name in ("learning_rate", "clip"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise IntactKVError(f"{name}={getattr(self, name)} must be a finite number above 0")
+        for name in ("activation_bytes", "keep_bytes"):
+            if getattr(self, name) < 0:
+                raise IntactKVError(f"{name}={getattr(self, name)} is below 0; give a number of bytes, or 0")
+        for name, value in (("learning_rate", self.learning_rate), ("clip", self.clip)):
+            if value is not None and not 0 < value < math.inf:
+                raise IntactKVError(f"{name}={value} must be a finite number above 0")
         if not self.parts or set(self.parts) - {"key", "value"}:
             raise IntactKVError(f'parts={self.parts} must name "key", "value" or both')
+
+    def rate(self, step: int) -> float:
+        """The learning rate of the step after `step` others."""
+        papers = self.objective.kl == 0
+        rate = self.learning_rate or (2e-4 if papers else 1e-2)
+        decays = not papers if self.decay is None else self.decay
+        return rate * 0.5 * (1 + math.cos(math.pi * step / self.steps)) if decays else rate
 
 
 def with_tensors(kv: IntactKV, tensors: dict[str, Tensor]) -> IntactKV:
@@ -77,7 +97,7 @@ def order(count: int, step: int, settings: Settings) -> list[int]:
 
 
 def step_(
-    state: State, kv: IntactKV, model: PreTrainedModel, targets: Live | Spool, rows: Sequence[Sample],
+    state: State, kv: IntactKV, model: PreTrainedModel, targets: Targets, rows: Sequence[Sample],
     settings: Settings,
 ) -> float:  # fmt: skip
     """One step of AdamW on `rows`; the loss before it."""
@@ -88,12 +108,14 @@ def step_(
             f"the loss of step {state.step + 1} is {loss} and its gradient's norm {norm.item()}; a checkpoint, if one "
             "is kept, holds the last good step: use a smaller learning rate, or load the model in bfloat16 or float32"
         )
+    for group in state.optimizer.param_groups:
+        group["lr"] = settings.rate(state.step)
     state.optimizer.step()
     return loss
 
 
 def gradients_(
-    tensors: dict[str, Tensor], kv: IntactKV, model: PreTrainedModel, targets: Live | Spool, rows: Sequence[Sample],
+    tensors: dict[str, Tensor], kv: IntactKV, model: PreTrainedModel, targets: Targets, rows: Sequence[Sample],
     settings: Settings,
 ) -> float:  # fmt: skip
     """Leave the gradient of the loss over `rows`, summed over all processes, on the tensors; the loss."""
@@ -105,7 +127,9 @@ def gradients_(
     for tensor in tensors.values():
         tensor.grad = None
     for part in share(batches):
-        loss = backward_(with_tensors(kv, tensors), model, targets, part, goal, weights, settings.checkpoint_blocks)
+        loss = backward_(
+            with_tensors(kv, tensors), model, targets, part, goal, weights, bool(settings.checkpoint_blocks)
+        )
         total += loss
     gradients = [torch.zeros_like(t) if t.grad is None else t.grad for t in tensors.values()]
     if grouped():
@@ -117,7 +141,7 @@ def gradients_(
 
 
 def backward_(
-    kv: IntactKV, model: PreTrainedModel, targets: Live | Spool, rows: list[Sample], goal: Objective,
+    kv: IntactKV, model: PreTrainedModel, targets: Targets, rows: list[Sample], goal: Objective,
     weights: tuple[float, float], checkpoint: bool,
 ) -> float:  # fmt: skip
     """Forward and backward of one micro-batch, by this process alone; its part of the loss."""

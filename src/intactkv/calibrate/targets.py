@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from jaxtyping import Int
@@ -28,6 +29,17 @@ from intactkv.files import write_atomically
 from intactkv.kv import IntactKVError, weights_digest
 
 _ABOUT = "spool.json"
+
+
+class Targets(Protocol):
+    """Where the full model's outputs for samples come from."""
+
+    def of(self, samples: Sequence[Sample], *, blocks: bool, logits: bool) -> Outputs:
+        """Every block's output at learned tokens, the logits at predicting ones, as far as asked for."""
+
+    @property
+    def weights(self) -> str:
+        """The digest of the full model's weights."""
 
 
 @dataclass(frozen=True, eq=False)

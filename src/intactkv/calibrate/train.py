@@ -1,6 +1,6 @@
 """Train the keys and values of an intact prefix to absorb what is left of the quantization error.
 
-AdamW on nothing but the keys and values; the quantized model is frozen and its blocks are checkpointed. A resumed run
+AdamW on nothing but the keys and values; the quantized model is frozen. A resumed run
 needs no more than its state. What this gives up: a calibrated artifact fits one quantized model only.
 
 Source: Liu et al., "IntactKV", Findings of ACL 2024, arXiv 2403.01241, section 3.3.
@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from time import monotonic
@@ -22,14 +22,16 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from intactkv.attachment import attach
+from intactkv.calibrate.activations import activations_fit
 from intactkv.calibrate.backward import backend_name, checkpointing, frozen, straight_through
 from intactkv.calibrate.judge import held_out_metrics, verdict_of
+from intactkv.calibrate.keep import Kept
 from intactkv.calibrate.outputs import batched, outputs
 from intactkv.calibrate.processes import grouped, is_main, wait
 from intactkv.calibrate.samples import Split
 from intactkv.calibrate.state import State, load_state_, save_state
 from intactkv.calibrate.step import Settings, backward_, order, step_, with_tensors
-from intactkv.calibrate.targets import Live, Spool
+from intactkv.calibrate.targets import Live, Spool, Targets
 from intactkv.kv import IntactKV, IntactKVError, weights_digest
 
 _SAVE_SECONDS = 30.0
@@ -71,7 +73,7 @@ def calibrate(
     `kv`'s, one through which no gradient comes, a loss that is not finite, and a checkpoint that cannot be written.
     """
     settings = settings or Settings()
-    targets = full if isinstance(full, Spool) else Live(full, kv.ids.cpu())
+    targets: Targets = full if isinstance(full, Spool) else Live(full, kv.ids.cpu())
     _check(kv, model, data, settings)
     identity = _identity(kv, model, targets, data, settings)
     job = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
@@ -79,21 +81,22 @@ def calibrate(
     if checkpoint is not None and checkpoint.exists():
         load_state_(state, checkpoint, job=job)
     with ExitStack() as stack:
-        stack.enter_context(frozen(model))
-        mended = _let_gradients_through(stack, kv, model, targets, data, settings)
-        if settings.checkpoint_blocks:
-            _refuse_noise(kv, model, data)
-        _train_(state, kv, model, targets, data, settings, _Keeper(checkpoint, job), progress)
-    trained = _with(kv, state.best, model)
-    arms = {
-        name: held_out_metrics(model, arm, targets, data.judge, kv.ids.cpu())
-        for name, arm in (("own", None), ("before", kv), ("after", trained))
-    }
+        if isinstance(targets, Live) and targets.full.device.type == "cpu" and settings.keep_bytes:
+            targets = stack.enter_context(closing(Kept(targets, most_bytes=settings.keep_bytes)))
+        with frozen(model), ExitStack() as training:
+            settings, mended = _settled(training, kv, model, targets, data, settings)
+            _train_(state, kv, model, targets, data, settings, _Keeper(checkpoint, job), progress)
+        trained = _with(kv, state.best, model)
+        arms = {
+            name: held_out_metrics(model, arm, targets, data.judge, kv.ids.cpu())
+            for name, arm in (("own", None), ("before", kv), ("after", trained))
+        }
     verdict = verdict_of(arms)
     about = {
         **identity,
         "skipped": {reason: len(names) for reason, names in data.train.skipped.items()},
         "straight_through": mended,
+        "checkpointed": settings.checkpoint_blocks,
         "steps": state.step,
         "best_step": state.best_step,
         "readings": state.readings,
@@ -125,7 +128,7 @@ def _check(kv: IntactKV, model: PreTrainedModel, data: Split, settings: Settings
         pass
 
 
-def _identity(kv: IntactKV, model: PreTrainedModel, targets: Live | Spool, data: Split, settings: Settings) -> Any:
+def _identity(kv: IntactKV, model: PreTrainedModel, targets: Targets, data: Split, settings: Settings) -> Any:
     """All that decides the result but the number of processes, as JSON data."""
     found = {
         "settings": asdict(settings),
@@ -149,7 +152,7 @@ def _start(kv: IntactKV, model: PreTrainedModel, settings: Settings) -> State:
                 dtype = torch.promote_types(torch.promote_types(tensor.dtype, model.dtype), torch.float32)
                 tensors[f"layers.{i}.{part}"] = tensor.detach().to(model.device, dtype, copy=True).requires_grad_()
     # no weight decay: it would pull keys and values to zero, which is nothing they should be near
-    optimizer = torch.optim.AdamW(tensors.values(), lr=settings.learning_rate, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(tensors.values(), lr=settings.rate(0), weight_decay=0.0)
     return State(tensors, optimizer, {name: tensor.detach().clone() for name, tensor in tensors.items()})
 
 
@@ -161,8 +164,34 @@ def _with(kv: IntactKV, tensors: dict[str, Tensor], model: PreTrainedModel) -> I
     return replace(changed, logits=kv.logits)
 
 
+def _settled(
+    stack: ExitStack, kv: IntactKV, model: PreTrainedModel, targets: Targets, data: Split, settings: Settings
+) -> tuple[Settings, dict[str, int]]:
+    """The settings with it decided whether blocks are checkpointed, and the kernels mended while `stack` is open."""
+    rows = sorted(data.train.rows, key=lambda row: len(row.ids))[-settings.micro_batch :]
+    own = with_tensors(kv, _start(kv, model, settings).tensors)
+    with (
+        torch.no_grad()
+    ):  # as every reading does: bitsandbytes' nf4 then packs its weights and has no backward any more
+        outputs(model, batched(rows, prefix=kv.ids.cpu()), blocks=False, logits=True)
+
+    def decided() -> Settings:
+        if settings.checkpoint_blocks is not None:
+            return settings
+        fits = activations_fit(own, model, rows, settings.objective, most_bytes=settings.activation_bytes)
+        return replace(settings, checkpoint_blocks=not fits)
+
+    found = decided()
+    mended = _let_gradients_through(stack, kv, model, targets, data, found)
+    if mended:
+        found = decided()
+    if found.checkpoint_blocks:
+        _refuse_noise(kv, model, data)
+    return found, mended
+
+
 def _let_gradients_through(
-    stack: ExitStack, kv: IntactKV, model: PreTrainedModel, targets: Live | Spool, data: Split, settings: Settings
+    stack: ExitStack, kv: IntactKV, model: PreTrainedModel, targets: Targets, data: Split, settings: Settings
 ) -> dict[str, int]:
     """See that a gradient reaches every trained layer, if need be by mending kernels while `stack` is open."""
 
@@ -170,7 +199,7 @@ def _let_gradients_through(
         state, row = _start(kv, model, settings), [data.train.rows[0]]
         try:
             own = with_tensors(kv, state.tensors)
-            backward_(own, model, targets, row, settings.objective, (1.0, 1.0), settings.checkpoint_blocks)
+            backward_(own, model, targets, row, settings.objective, (1.0, 1.0), bool(settings.checkpoint_blocks))
         except RuntimeError as error:  # "does not require grad", "derivative for … is not implemented"
             return list(state.tensors), f" ({str(error).splitlines()[0]})"
         return [name for name, t in state.tensors.items() if t.grad is None or not bool(t.grad.any())], ""
@@ -204,7 +233,7 @@ def _refuse_noise(kv: IntactKV, model: PreTrainedModel, data: Split) -> None:
 
 
 def _train_(
-    state: State, kv: IntactKV, model: PreTrainedModel, targets: Live | Spool, data: Split, settings: Settings,
+    state: State, kv: IntactKV, model: PreTrainedModel, targets: Targets, data: Split, settings: Settings,
     keep: _Keeper, progress: Callable[[Report], None] | None,
 ) -> None:  # fmt: skip
     """Step until the steps are done or held-out KL has stopped falling."""
@@ -226,7 +255,7 @@ def _train_(
             progress(Report(state.step, settings.steps, state.losses[-1], state.readings[-1][1], left))
 
 
-def _read_(state: State, kv: IntactKV, model: PreTrainedModel, targets: Live | Spool, data: Split) -> None:
+def _read_(state: State, kv: IntactKV, model: PreTrainedModel, targets: Targets, data: Split) -> None:
     """Read the held-out KL of the artifact as it would be saved; keep it if it is the best."""
     now = held_out_metrics(model, _with(kv, state.tensors, model), targets, data.choose, kv.ids.cpu())
     state.readings.append((state.step, now.kl.nanmean().item()))
