@@ -78,7 +78,7 @@ def blockwise(
 
     keys = (key.scale[:, :, :, None], key.low[:, :, :, None]) if key.token_group else (split(key.scale), split(key.low))
     values = (split(value.codes), split(value.scale), split(value.low))
-    seen = None if seen is None else seen.unflatten(3, (-1, each))
+    seen = None if seen is None else seen.contiguous().unflatten(3, (-1, each))  # strides are compiled in
     return Partial(*function(query, split(key.codes), *keys, *values, seen, *state, softcap))
 
 
