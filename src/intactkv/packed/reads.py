@@ -176,6 +176,11 @@ def _reader(query: Tensor, key: Packed, value: Packed, *, compile: bool, exact: 
 def _full_part(rows: Tensor, stored: Stored, mask: Tensor | None, softcap: float | None) -> Partial:
     """Attention over the kept and the newest tokens, all in full precision."""
     key, value = stored.tail
+    if mask is None and stored.kept is not None and stored.alike is not None:  # all of both are seen: one product
+        key, value = (
+            torch.cat([x[:, :, : stored.alike[1]], y], 2) for x, y in zip(stored.kept, (key, value), strict=True)
+        )
+        return attend(rows, key, value, None, nothing(rows, value.shape[-1]), softcap)
     seen = None if mask is None else mask[..., stored.tail_column :]
     state = nothing(rows, value.shape[-1])
     if key.shape[2]:
