@@ -279,6 +279,37 @@ def test_reset_gives_an_empty_cache(model: PreTrainedModel) -> None:
         assert torch.equal(stepwise(model, prompts(2), cache), first)
 
 
+@each_setting
+def test_a_cache_cropped_to_nothing_serves_rows_that_begin_elsewhere(model: PreTrainedModel, packing: Packing) -> None:
+    """Kept are the first tokens of the rows that are there now, not of those that were."""
+    ids = prompts(2, 24)
+    before, now = (torch.ones_like(ids) for _ in range(2))
+    now[1, :5] = 0
+    cache = PackedCache(model.config, packing)
+    with read_packed(model):
+        expected = stepwise(model, ids, PackedCache(model.config, packing), now)
+        stepwise(model, ids, cache, before)
+        cache.crop(-24)
+        assert cache.get_seq_length() == 0
+        assert torch.allclose(stepwise(model, ids, cache, now)[now.bool()], expected[now.bool()], atol=1e-9)
+
+
+@each_setting
+def test_a_copy_goes_its_own_way(model: PreTrainedModel, packing: Packing) -> None:
+    """A prompt's cache is copied and continued twice; each continuation equals one from the start."""
+    prompt, first, second = prompts(2, 12), prompts(2, 8, seed=3), prompts(2, 8, seed=4)
+    with read_packed(model), torch.no_grad():
+        cache = PackedCache(model.config, packing)
+        model(prompt, past_key_values=cache)
+        copied = copy.deepcopy(cache)
+        for again, more in ((cache, first), (copied, second)):
+            fresh = PackedCache(model.config, packing)
+            model(prompt, past_key_values=fresh)
+            for at in range(8):
+                got = model(more[:, at : at + 1], past_key_values=again).logits
+                assert torch.equal(got, model(more[:, at : at + 1], past_key_values=fresh).logits)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("fast", [True, False], ids=["block reads", "dense reads"])
 def test_a_compiled_model_decodes_the_same(model: PreTrainedModel, fast: bool) -> None:
@@ -421,7 +452,10 @@ def test_kept_tokens_are_bit_identical_and_others_rounded_once_after_any_sequenc
     def update(n: int) -> None:
         nonlocal given_
         new = torch.randn(len(given_), 2, n, 16, generator=g)
+        past = given_.shape[2]
         given_ = torch.cat([given_, new], 2)
+        if not cache.rows.told:  # a crop took a row's beginning away
+            cache.rows.tell(torch.arange(past, past + n) >= pad[:, None], past)
         cache.update(new, new, 0)
 
     def rows(change: Callable[[Tensor], Tensor]) -> None:

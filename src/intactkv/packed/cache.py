@@ -301,6 +301,11 @@ class PackedCache(Cache):
         if len(sites):
             self.rows.tell_sites(sites, batch, past)
 
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the newest tokens, as each layer does."""
+        super().crop(tokens_to_remove)
+        self.rows.cut(self.get_seq_length())
+
     def reset(self) -> None:
         """Forget everything."""
         super().reset()
