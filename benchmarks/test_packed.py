@@ -1,7 +1,9 @@
 """What a packed KV cache holds and how fast a decoding step reads it, against transformers' own caches.
 
 Every way decodes the same tokens after a prompt of the same length whose keys and values are put into its cache
-directly (random numbers; speed does not depend on them). Bytes are what the cache's tensors hold, idle capacity
+directly (random numbers; speed does not depend on them). A model whose attention does nothing but keep its shapes shows
+what the rest takes: no cache can be faster than that, and what a step takes beyond it is the cache's own share: storing
+the new token and reading all others. Bytes are what the cache's tensors hold, idle capacity
 included, and for our cache also what its formula says. Transient memory is the largest number of bytes that one
 decoding step has allocated at a time, read from torch's profiler. transformers' HQQ cache needs `hqq`, which is
 measured where it is installed.
@@ -14,13 +16,22 @@ import gc
 from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import find_spec
+from statistics import median
 from typing import Any
 
 import pytest
 import torch
 from interleaved import interleaved, speed_ratios, spread
 from torch.profiler import ProfilerActivity, profile
-from transformers import Cache, DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel, QuantizedCache
+from transformers import (
+    AttentionInterface,
+    Cache,
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    QuantizedCache,
+)
 
 from intactkv import PackedCache, Packing, read_packed
 from intactkv.demo import MODEL
@@ -28,6 +39,7 @@ from intactkv.load import load_model
 from intactkv.packed.cache import expected_bytes
 
 STEPS = 4
+REST = "no cache, no attention"
 SPEED = "Decoding with a packed cache: tokens per second ÷ DynamicCache's in bfloat16"
 MEMORY = "Bytes of a packed cache, and of one decoding step"
 PACKINGS = {
@@ -55,6 +67,18 @@ def twins(model: PreTrainedModel) -> dict[bool, PreTrainedModel]:
     twin = copy.deepcopy(model, {id(p): p for p in model.parameters()})
     read_packed(twin, compile=True)
     return {False: model, True: twin}
+
+
+def without_attention(model: PreTrainedModel) -> PreTrainedModel:
+    """The model with the same weights, not copied, and attention that gives its queries back."""
+
+    def attention(module: Any, query: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
+        return query.transpose(1, 2).contiguous(), None
+
+    AttentionInterface.register("queries", attention)
+    twin = copy.deepcopy(model, {id(p): p for p in model.parameters()})
+    twin.set_attn_implementation("queries")
+    return twin
 
 
 def caches(model: PreTrainedModel) -> dict[str, Callable[[], Cache]]:
@@ -102,12 +126,17 @@ def test_decode(
     held = {name: filled(make(), model, batch, context) for name, make in caches(model).items()}
     models = twins(model)
     ways = {name: decoding(models, cache, batch, STEPS) for name, cache in held.items()}
-    seconds = interleaved(benchmark, ways, rounds=min(size.rounds, 3))
+    bare, short = without_attention(model), DynamicCache(config=model.config)
+    ways[REST] = decoding({False: bare}, short, batch, STEPS)
+    seconds = interleaved(benchmark, ways, rounds=size.rounds)
+    rest = seconds[REST]
+    own = {name: [a - b for a, b in zip(each, rest, strict=True)] for name, each in seconds.items()}
     for name in ways:
         ratios = speed_ratios(seconds[name], seconds["DynamicCache"])
         ms = f"{1000 * min(seconds[name]) / STEPS:.1f}"
         row = {"model": _name(model), "context": context, "batch": batch, "cache": name, "best_ms_a_step": ms}
-        report(SPEED, **row, **spread(ratios, 2))
+        alone = "–" if name == REST else f"{median(speed_ratios(own[name], own['DynamicCache'])):.2f}"
+        report(SPEED, **row, **spread(ratios, 2), cache_alone=alone)
     gc.collect()
 
 

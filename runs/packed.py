@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 from time import perf_counter
 from typing import Annotated, Any
@@ -33,10 +34,13 @@ from intactkv.quantize import RTN, quantize
 
 SCHEMES = {
     "per token": Packing(),
+    "per token, residual 11": Packing(residual=11),
+    "per token, residual 32": Packing(residual=32),
     "per token, Hadamard": Packing(hadamard=True),
     "KIVI keys, residual 32": Packing(keys="per_channel", residual=32),
 }
 KEPT = (0, 1, 4, 16)
+SPANS = 6  # of decoded positions, in the table by position
 Make = Callable[[PreTrainedModel], Cache]
 
 
@@ -46,7 +50,7 @@ def main(
     window: Annotated[int, typer.Option(help="Tokens in one window, prefix included.")] = 128,
     prompt: Annotated[int, typer.Option(help="How many of them are given at once.")] = 32,
 ) -> None:
-    """Measure every kind of cache on the embedded model and print two markdown tables."""
+    """Measure every kind of cache on the embedded model and print three markdown tables."""
     full, tokenizer = load_model(MODEL, dtype=torch.float32), load_tokenizer(MODEL)
     tokens = tokenizer(read_text(TEXT), add_special_tokens=False, verbose=False).input_ids
     ids = prefixed_windows(tokens, prefix=bos(tokenizer), window=window).ids[:windows]
@@ -70,7 +74,7 @@ def main(
         metrics[name] = token_metrics(reference, logits, ids[:, prompt:])
     found = Evaluation(metrics, {}, (), perf_counter() - began)
     head = f"{len(ids)} windows of {window} tokens, the first {prompt} given at once, the others one by one.\n\n"
-    tables = [full_weights_table(found, full), *failures, low_bit_weights_table(found)]
+    tables = [full_weights_table(found, full), *failures, position_table(found, prompt), low_bit_weights_table(found)]
     text = head + "\n".join(tables)
     sys.stdout.write(text) if out is None else out.write_text(text, encoding="utf-8")
 
@@ -97,7 +101,10 @@ def arms(full: Any, rounded: Any, kv: IntactKV) -> Iterator[tuple[str, PreTraine
 
 
 def stock(backend: str, bits: int, axis: int) -> Make:
-    """transformers' quantized cache with a residual of 32 tokens, otherwise as it comes."""
+    """transformers' quantized cache with a residual of 32 tokens, otherwise as it comes.
+
+    It holds 0 to 31 newest tokens in full precision, 15.5 on average; ours with `residual=11` 11 to 21, 16 on average.
+    """
     return lambda model: QuantizedCache(
         backend.lower(), model.config, nbits=bits, axis_key=axis, axis_value=axis, residual_length=32
     )
@@ -139,6 +146,22 @@ def full_weights_table(found: Evaluation, model: PreTrainedModel) -> str:
             closed = found.gap_closed(own=f"{bits} {scheme} 0", intact=name)
             gain, each = percent(closed), f"{100 * closed.value / int(keep):+.1f}"
         lines.append(f"| {bits} | {scheme} | {keep} | {cells(found.metrics[name], row)} | {gain} | {each} |")
+    return "\n".join(lines) + "\n"
+
+
+def position_table(found: Evaluation, prompt: int) -> str:
+    """Mean KL over spans of decoded positions, every arm with none, one or four tokens kept."""
+    length = next(iter(found.metrics.values())).kl.shape[1]
+    edges = [length * i // SPANS for i in range(SPANS + 1)]
+    spans = [f"{prompt + a}–{prompt + b - 1}" for a, b in pairwise(edges)]
+    lines = [
+        "Mean KL by the predicted token's position, full-precision weights.\n",
+        f"| bits, cache, kept | {' | '.join(spans)} |",
+        "|---" + "|---:" * SPANS + "|",
+    ]
+    for name, metrics in found.metrics.items():
+        if name != "full" and not name.startswith("w3") and not name.endswith(" 16"):
+            lines.append(f"| {name} | {' | '.join(f'{metrics.kl[:, a:b].mean():.4f}' for a, b in pairwise(edges))} |")
     return "\n".join(lines) + "\n"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -19,9 +20,10 @@ from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from intactkv import IntactKVError, PackedCache, Packing, attach, capture, read_packed
-from intactkv.packed.attention import attend, compiled_step, nothing
-from intactkv.packed.bits import pack, quantize
+from intactkv.packed.attention import Step, packed_attention
+from intactkv.packed.bits import quantize
 from intactkv.packed.cache import PackedLayer, expected_bytes
+from intactkv.packed.fused import blockwise, fused_step, layout, written_out
 from intactkv.packed.lazy import LazyStates
 from intactkv.packed.reads import forward
 from intactkv.packed.store import Packed
@@ -277,6 +279,37 @@ def test_reset_gives_an_empty_cache(model: PreTrainedModel) -> None:
         assert torch.equal(stepwise(model, prompts(2), cache), first)
 
 
+@each_setting
+def test_a_cache_cropped_to_nothing_serves_rows_that_begin_elsewhere(model: PreTrainedModel, packing: Packing) -> None:
+    """Kept are the first tokens of the rows that are there now, not of those that were."""
+    ids = prompts(2, 24)
+    before, now = (torch.ones_like(ids) for _ in range(2))
+    now[1, :5] = 0
+    cache = PackedCache(model.config, packing)
+    with read_packed(model):
+        expected = stepwise(model, ids, PackedCache(model.config, packing), now)
+        stepwise(model, ids, cache, before)
+        cache.crop(-24)
+        assert cache.get_seq_length() == 0
+        assert torch.allclose(stepwise(model, ids, cache, now)[now.bool()], expected[now.bool()], atol=1e-9)
+
+
+@each_setting
+def test_a_copy_goes_its_own_way(model: PreTrainedModel, packing: Packing) -> None:
+    """A prompt's cache is copied and continued twice; each continuation equals one from the start."""
+    prompt, first, second = prompts(2, 12), prompts(2, 8, seed=3), prompts(2, 8, seed=4)
+    with read_packed(model), torch.no_grad():
+        cache = PackedCache(model.config, packing)
+        model(prompt, past_key_values=cache)
+        copied = copy.deepcopy(cache)
+        for again, more in ((cache, first), (copied, second)):
+            fresh = PackedCache(model.config, packing)
+            model(prompt, past_key_values=fresh)
+            for at in range(8):
+                got = model(more[:, at : at + 1], past_key_values=again).logits
+                assert torch.equal(got, model(more[:, at : at + 1], past_key_values=fresh).logits)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("fast", [True, False], ids=["block reads", "dense reads"])
 def test_a_compiled_model_decodes_the_same(model: PreTrainedModel, fast: bool) -> None:
@@ -293,19 +326,61 @@ def test_a_compiled_model_decodes_the_same(model: PreTrainedModel, fast: bool) -
         assert torch.allclose(steps(torch.compile(model, backend="eager")), steps(model), atol=1e-9)
 
 
-@pytest.mark.slow
-def test_the_compiled_step_equals_the_plain_one(model: PreTrainedModel) -> None:
-    query = torch.randn(1, 2, 4, 16)
-    for bits in (2, 3, 4):
-        codes, scale, low = quantize(torch.randn(1, 2, 64, 16), bits=bits)
-        block = Packed(pack(codes, bits), scale, low, bits)
-        state = nothing(query, 16)
+KINDS = {"one scale": {}, "grouped": {"group_size": 32}, "per channel": {"keys": "per_channel"}}
+HIDING = {
+    "all seen": {},
+    "begin": {"begin": torch.tensor([0, 70])},
+    "mask": {"mask": torch.arange(192).expand(2, 1, 1, -1) % 7 > 0, "softcap": 2.0},
+    "additive": {"mask": (torch.arange(192) % 5 * -3.0).expand(2, 2, 3, -1), "begin": torch.tensor([3, 0])},
+}
+
+
+def packed_block(bits: int, kind: dict[str, Any], tokens: int = 192, dim: int = 128) -> tuple[Tensor, Packed, Packed]:
+    """Queries of three rows, and packed keys and values; one channel of the keys is far larger than the others."""
+    g = torch.Generator().manual_seed(bits)
+    cache = PackedCache(TINY.config, Packing(bits=bits, **kind))
+    key, value = torch.randn(2, 2, 2, tokens, dim, generator=g)
+    key[..., 5] *= 30
+    cache.update(key, value, 0)
+    layer = cache.layers[0]
+    return torch.randn(2, 2, 3, dim, generator=g) / dim**0.5, *(s.view(layer.runs[0]) for s in layer.stores)
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=list(KINDS))
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_attention_written_out_for_compilers_equals_matrix_products(bits: int, kind: dict[str, Any]) -> None:
+    query, key, value = packed_block(bits, kind)
+    known = layout(query, key, value)
+    assert known is not None
+    step = Step(partial(blockwise, written_out(known)), 64)
+    for hiding in HIDING.values():
         for plain, fast in zip(
-            attend(query, block, block, None, state, None),
-            compiled_step()(query, block, block, None, state, None),
+            packed_attention(query, key, value, **hiding),
+            packed_attention(query, key, value, **hiding, step=step),
             strict=True,
         ):
-            assert torch.allclose(plain, fast, atol=1e-5)
+            assert torch.allclose(plain, fast, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("bits", "kind", "hidden"),
+    [(4, "one scale", list(HIDING)), (4, "per channel", ["begin"]), (2, "grouped", ["all seen"])],
+)
+def test_the_compiled_form_equals_the_plain_one_and_is_compiled_once(bits: int, kind: str, hidden: list[str]) -> None:
+    """Once for each way of hiding tokens, whatever their number."""
+    graphs = torch._dynamo.utils.counters["stats"]
+    for hiding in (HIDING[name] for name in hidden):
+        before = graphs["unique_graphs"]
+        for tokens in (192, 128, 160):
+            query, key, value = packed_block(bits, KINDS[kind], tokens)
+            cut = {k: x[..., :tokens] if k == "mask" else x for k, x in hiding.items()}
+            step = fused_step(query, key, value)
+            assert step is not None
+            expected = packed_attention(query, key, value, **cut)
+            for plain, fast in zip(expected, packed_attention(query, key, value, **cut, step=step), strict=True):
+                assert torch.allclose(plain, fast, atol=1e-5, rtol=1e-5)
+        assert graphs["unique_graphs"] <= before + 1
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -377,7 +452,10 @@ def test_kept_tokens_are_bit_identical_and_others_rounded_once_after_any_sequenc
     def update(n: int) -> None:
         nonlocal given_
         new = torch.randn(len(given_), 2, n, 16, generator=g)
+        past = given_.shape[2]
         given_ = torch.cat([given_, new], 2)
+        if not cache.rows.told:  # a crop took a row's beginning away
+            cache.rows.tell(torch.arange(past, past + n) >= pad[:, None], past)
         cache.update(new, new, 0)
 
     def rows(change: Callable[[Tensor], Tensor]) -> None:

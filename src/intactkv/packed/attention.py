@@ -33,6 +33,13 @@ class Partial(NamedTuple):
     total: Float[Tensor, "batch kv_head row 1"]
 
 
+class Step(NamedTuple):
+    """How one block is done, `attend` or what equals it, and how many tokens a block has."""
+
+    attend: Callable[..., Partial]
+    tokens: int
+
+
 def packed_attention(
     query: Float[Tensor, "batch kv_head row dim"],
     key: Packed,
@@ -41,26 +48,24 @@ def packed_attention(
     begin: Int[Tensor, "batch"] | None = None,
     mask: Tensor | None = None,
     softcap: float | None = None,
-    step: Callable[..., Partial] | None = None,
+    step: Step | None = None,
 ) -> Partial:
     """Attention of a few queries over one run of packed tokens; transient memory is one dense block of K and of V.
 
     `query` is already scaled (and rotated, where keys are), float32 or float64, with the query heads of one key head
     and their tokens together as rows: row = (head within the group) * tokens + token. Packed token t of batch row b is
     seen where t >= begin[b] (None: everywhere) and where `mask`, broadcastable to `(batch, kv_head, row, token)`, is
-    True or, additive, is added. `softcap` bounds scores by softcap * tanh(score / softcap). `step` is the function for
-    one block.
+    True or, additive, is added. `softcap` bounds scores by softcap * tanh(score / softcap). `step` does one block.
     """
-    step = step or attend
-    block = _block_tokens(key)
+    step = step or dense_step(key)
     state = nothing(query, value.dim)
-    for first in range(0, len(key), block):
-        last = min(first + block, len(key))
+    for first in range(0, len(key), step.tokens):
+        last = min(first + step.tokens, len(key))
         seen = None if mask is None else mask[..., first:last]
         if begin is not None:
             here = torch.arange(first, last, device=query.device) >= begin[:, None, None, None]
             seen = here if seen is None else _both(here, seen)
-        state = step(query, key.slice(first, last), value.slice(first, last), seen, state, softcap)
+        state = step.attend(query, key.slice(first, last), value.slice(first, last), seen, state, softcap)
     return state
 
 
@@ -103,16 +108,23 @@ def merged(parts: Sequence[Partial]) -> Partial:
     return Partial(acc, peak, total)
 
 
-@lru_cache(maxsize=1)
-def compiled_step() -> Callable[..., Partial]:
-    """`attend`, compiled: unpacking, scaling and softmax in a few vectorised loops around two matrix products."""
-    return torch.compile(attend)
-
-
-def _block_tokens(key: Packed) -> int:
+def dense_step(key: Packed, *, compile: bool = False) -> Step:
+    """Blocks are made dense, and multiplied as matrices."""
     batch, head = key.codes.shape[:2]
-    wanted = max(64, BLOCK_NUMBERS // (batch * head * key.dim))
-    return -(-wanted // key.token_group) * key.token_group if key.token_group else wanted
+    return Step(
+        _compiled_attend() if compile else attend,
+        whole_groups(max(64, BLOCK_NUMBERS // (batch * head * key.dim)), key),
+    )
+
+
+def whole_groups(tokens: int, key: Packed) -> int:
+    """`tokens` or a few more, so that blocks end where groups of tokens under one scale do."""
+    return -(-tokens // key.token_group) * key.token_group if key.token_group else tokens
+
+
+@lru_cache(maxsize=1)
+def _compiled_attend() -> Callable[..., Partial]:
+    return torch.compile(attend)
 
 
 def _both(here: Tensor, mask: Tensor) -> Tensor:

@@ -59,7 +59,7 @@ def pack(codes: UInt8[Tensor, "*axes dim"], bits: int) -> UInt8[Tensor, "*axes b
 
 def unpack(packed: UInt8[Tensor, "*axes bytes"], bits: int) -> UInt8[Tensor, "*axes dim"]:
     """The codes that `pack` packed."""
-    return torch.cat(_planes(packed, bits), -1)
+    return torch.cat(planes(packed, bits), -1)
 
 
 def _into_planes(codes: Tensor, width: int) -> Tensor:
@@ -70,7 +70,7 @@ def _into_planes(codes: Tensor, width: int) -> Tensor:
     return packed
 
 
-def _planes(packed: Tensor, bits: int) -> list[Tensor]:
+def planes(packed: UInt8[Tensor, "*axes bytes"], bits: int) -> list[UInt8[Tensor, "*axes code"]]:
     """Vectors of neighbouring codes, in order; at 3 bits eight of them, as wide as the part with the high bits."""
     if bits == 3:
         wide = packed.shape[-1] // 3
@@ -127,11 +127,11 @@ def dequantize(
 
     Plane by plane: compilers vectorise arithmetic on whole planes, and not on bytes that were put side by side first.
     """
-    planes, scale, low = _planes(packed, bits), scale.to(dtype), low.to(dtype)
-    groups, wide = scale.shape[-1], planes[0].shape[-1]
+    codes, scale, low = planes(packed, bits), scale.to(dtype), low.to(dtype)
+    groups, wide = scale.shape[-1], codes[0].shape[-1]
     if groups == 1:
-        return torch.cat([plane.to(dtype) * scale + low for plane in planes], -1)
-    grouped = torch.cat([plane.to(dtype) for plane in planes], -1).unflatten(-1, (groups, len(planes) * wide // groups))
+        return torch.cat([plane.to(dtype) * scale + low for plane in codes], -1)
+    grouped = torch.cat([plane.to(dtype) for plane in codes], -1).unflatten(-1, (groups, len(codes) * wide // groups))
     return (grouped * scale[..., None] + low[..., None]).flatten(-2)
 
 
@@ -144,7 +144,7 @@ def dequantize_channels(
     dtype: torch.dtype,
 ) -> Float[Tensor, "batch head token dim"]:
     """`code * scale + low` in `dtype`, with the scales of `quantize_channels`; tokens fill whole groups."""
-    codes = torch.cat([plane.to(dtype) for plane in _planes(packed, bits)], -1)
+    codes = torch.cat([plane.to(dtype) for plane in planes(packed, bits)], -1)
     grouped = codes.unflatten(2, (scale.shape[2], -1))
     return (grouped * scale.to(dtype)[:, :, :, None] + low.to(dtype)[:, :, :, None]).flatten(2, 3)
 

@@ -25,6 +25,8 @@ from intactkv.packed.lazy import LazyStates, Stored
 from intactkv.packed.rows import Rows
 from intactkv.packed.store import Run, Store
 
+TOGETHER = 32  # tokens whose keys and values are rounded in one go
+
 
 @dataclass(frozen=True)
 class Packing:
@@ -137,10 +139,15 @@ class PackedLayer(CacheLayerMixin):
             return
         column = self.length - count
         hidden = self._hidden(column, due) if self.packing.keys == "per_channel" else None
-        for i, store in enumerate(self.stores):
-            x = self.tail[i][:, :, :due]
-            slot = store.append(self._rotated(x), hidden)
-            self.tail[i] = self.tail[i][:, :, due:].clone()
+        states = [self._rotated(x[:, :, :due]) for x in self.tail]
+        keys = self.stores[0]
+        if due <= TOGETHER and not keys.token_group and states[0].shape == states[1].shape:
+            # a few tokens cost little but calls: keys and values in one
+            both = [x.chunk(2) for x in keys.rounded(torch.cat(states), None)]
+            slot, _ = (store.put(*(x[i] for x in both)) for i, store in enumerate(self.stores))
+        else:
+            slot, _ = (store.append(x, hidden) for store, x in zip(self.stores, states, strict=True))
+        self.tail = [x[:, :, due:].clone() for x in self.tail]
         last = self.runs[-1] if self.runs else None
         if last is not None and last.slot + last.length == slot:
             self.runs[-1] = Run(last.slot, last.column, last.length + due)
@@ -293,6 +300,11 @@ class PackedCache(Cache):
         """Keep the tokens at `sites` of the call that begins after `past` tokens in full precision."""
         if len(sites):
             self.rows.tell_sites(sites, batch, past)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the newest tokens, as each layer does."""
+        super().crop(tokens_to_remove)
+        self.rows.cut(self.get_seq_length())
 
     def reset(self) -> None:
         """Forget everything."""

@@ -18,9 +18,10 @@ from transformers.masking_utils import sdpa_mask
 from intactkv.kv import IntactKVError
 from intactkv.locate import NEVER
 from intactkv.masks import as_tensor, real_tokens
-from intactkv.packed.attention import Partial, attend, compiled_step, merged, nothing, packed_attention
+from intactkv.packed.attention import Partial, attend, dense_step, merged, nothing, packed_attention
 from intactkv.packed.bits import hadamard
 from intactkv.packed.cache import PackedCache
+from intactkv.packed.fused import fused_step
 from intactkv.packed.lazy import LazyStates, Stored
 from intactkv.packed.store import Packed
 
@@ -93,19 +94,19 @@ def forward(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **more: Any
 ) -> tuple[Tensor, None]:
     """Attention over what `PackedLayer.update` gave back, in transformers' form; dense keys go to SDPA."""
-    return _forward(attend, module, (query, key, value), attention_mask, more)
+    return _forward(False, module, (query, key, value), attention_mask, more)
 
 
 def compiled_forward(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **more: Any
 ) -> tuple[Tensor, None]:
     """`forward` with the work on a block compiled."""
-    return _forward(compiled_step(), module, (query, key, value), attention_mask, more)
+    return _forward(True, module, (query, key, value), attention_mask, more)
 
 
 @torch.compiler.disable
 def _forward(
-    step: Any, module: nn.Module, states: Any, mask: Tensor | None, more: dict[str, Any]
+    compile: bool, module: nn.Module, states: Any, mask: Tensor | None, more: dict[str, Any]
 ) -> tuple[Tensor, None]:
     query, key, value = states
     softcap, sinks = more.pop("softcap", None), more.pop("s_aux", None)
@@ -113,17 +114,17 @@ def _forward(
     few = query.shape[2] <= FEW and not more.get("dropout") and more.get("position_bias") is None
     if isinstance(key, LazyStates) and isinstance(value, LazyStates) and few:
         query = query * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-        return _attend_stored(query, key.stored, mask=mask, softcap=softcap, sinks=sinks, step=step), None
+        return _attend_stored(query, key.stored, mask=mask, softcap=softcap, sinks=sinks, compile=compile), None
     key, value = (x.stored.dense(x.which) if isinstance(x, LazyStates) else x for x in (key, value))
     if softcap is None and sinks is None:
         return sdpa_attention_forward(module, query, key, value, mask, **more)
     query = query * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     only_tail = Stored((), (key, value), 0, None, None, None, (0, 0), False)
-    return _attend_stored(query, only_tail, mask=mask, softcap=softcap, sinks=sinks, step=attend), None
+    return _attend_stored(query, only_tail, mask=mask, softcap=softcap, sinks=sinks, compile=False), None
 
 
 def _attend_stored(
-    query: Tensor, stored: Stored, *, mask: Tensor | None, softcap: float | None, sinks: Tensor | None, step: Any
+    query: Tensor, stored: Stored, *, mask: Tensor | None, softcap: float | None, sinks: Tensor | None, compile: bool
 ) -> Tensor:
     """Attention `(batch, token, head, dim)` of scaled queries `(batch, head, token, dim)` over all stored tokens."""
     batch, heads, tokens, dim = query.shape
@@ -142,7 +143,7 @@ def _attend_stored(
             cut, hides = (min(max(start + count - run.column, 0), run.length) if count else 0), None
         at = slice(run.column + cut, run.column + run.length)
         key, value = key.slice(cut, run.length), value.slice(cut, run.length)
-        part = _reader(turned, key, value, step, exact=dtype == torch.float32)(
+        part = _reader(turned, key, value, compile=compile, exact=dtype == torch.float32)(
             turned,
             key,
             value,
@@ -161,19 +162,25 @@ def _attend_stored(
     return out.view(batch, heads, tokens, -1).transpose(1, 2).to(dtype).contiguous()
 
 
-def _reader(query: Tensor, key: Packed, value: Packed, step: Any, *, exact: bool) -> Callable[..., Partial]:
+def _reader(query: Tensor, key: Packed, value: Packed, *, compile: bool, exact: bool) -> Callable[..., Partial]:
     """The Triton kernel on a GPU, where Triton is installed and serves these shapes; else PyTorch, block by block."""
     if query.is_cuda and query.dtype == torch.float32 and len(key) and find_spec("triton"):
         from intactkv.packed.kernel import fits, packed_attention_gpu
 
         if fits(query, key, value):
             return partial(packed_attention_gpu, exact=exact)
-    return partial(packed_attention, step=step)
+    step = fused_step(query, key, value) if compile and query.device.type == "cpu" else None
+    return partial(packed_attention, step=step or dense_step(key, compile=compile))
 
 
 def _full_part(rows: Tensor, stored: Stored, mask: Tensor | None, softcap: float | None) -> Partial:
     """Attention over the kept and the newest tokens, all in full precision."""
     key, value = stored.tail
+    if mask is None and stored.kept is not None and stored.alike is not None:  # all of both are seen: one product
+        key, value = (
+            torch.cat([x[:, :, : stored.alike[1]], y], 2) for x, y in zip(stored.kept, (key, value), strict=True)
+        )
+        return attend(rows, key, value, None, nothing(rows, value.shape[-1]), softcap)
     seen = None if mask is None else mask[..., stored.tail_column :]
     state = nothing(rows, value.shape[-1])
     if key.shape[2]:

@@ -63,6 +63,16 @@ class Rows:
             self.start, self.count = change(self.start), change(self.count)
             self._summarise(self.start, self.count)
 
+    def cut(self, length: int) -> None:
+        """Only `length` columns are left: rows that began later have not begun, and may begin elsewhere."""
+        if self.start is None or self.count is None:
+            return
+        gone = self.start >= length
+        if bool(gone.any()):
+            self.told = False
+            self.start, self.count = self.start.masked_fill(gone, NEVER), self.count.masked_fill(gone, 0)
+            self._summarise(self.start, self.count)
+
     def reset(self) -> None:
         """Forget the rows."""
         self.start = self.count = None

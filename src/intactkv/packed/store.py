@@ -103,13 +103,21 @@ class Store:
 
     def append(self, x: Float[Tensor, "batch head token dim"], hidden: Bool[Tensor, "batch token"] | None) -> int:
         """Round and pack `x` behind what is there and return its first slot; `hidden` tokens enter no shared scale."""
+        return self.put(*self.rounded(x, hidden))
+
+    def rounded(self, x: Tensor, hidden: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Packed codes, scale and low of `x` as this store holds them."""
         if self.token_group:
             codes, scale, low = quantize_channels(x, bits=self.bits, token_group=self.token_group, hidden=hidden)
         else:
             codes, scale, low = quantize(x, bits=self.bits, group_size=self.group_size)
-        slot, end = self.used, self.used + x.shape[2]
+        return pack(codes, self.bits), scale, low
+
+    def put(self, codes: Tensor, scale: Tensor, low: Tensor) -> int:
+        """Store what `rounded` gave behind what is there and return its first slot."""
+        slot, end = self.used, self.used + codes.shape[2]
         self._reserve(end)
-        self.codes[:, :, slot:end] = pack(codes, self.bits)
+        self.codes[:, :, slot:end] = codes
         per = self.token_group or 1
         self.scale[:, :, slot // per : end // per] = scale
         self.low[:, :, slot // per : end // per] = low
