@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from intactkv import IntactKVError, capture
-from intactkv.basis import align, basis, describe, embedding_change
+from intactkv.basis import align, basis, describe, embedding_change, show_noise
 from intactkv.demo import MODEL
 from intactkv.load import load_model
 from intactkv.relate import FLOOR, MIXED, nearest_rotation, relate, rescaled, slopes
@@ -304,3 +304,12 @@ def test_relate_and_rotation_are_right_on_known_data() -> None:
     assert kind(a @ r + 0.3 * noise(400, 8)) == "rotation"
     assert kind(a @ noise(8, 8)) == "other"
     assert kind(noise(400, 8)) == "other"
+
+
+def test_what_a_full_model_shows_stands_for_it(mha: PreTrainedModel) -> None:
+    model = rounded(stream_rotated(mha), 4)
+    together, apart = basis(mha, model), basis(show_noise(mha), model)
+    assert {r.kind for r in together} == {"same"}  # the stream's rotation is undone, keys and values stay
+    for one, other in zip(together, apart, strict=True):
+        assert (one.layer, one.part, one.head, one.kind) == (other.layer, other.part, other.head, other.kind)
+        assert one.residual == other.residual

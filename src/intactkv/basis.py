@@ -51,33 +51,62 @@ class Relation:
     transform: Float[Tensor, "dim dim"] | None = None
 
 
-def basis(
-    full: PreTrainedModel, model: PreTrainedModel, *, windows: Int[Tensor, "window token"] | None = None
-) -> list[Relation]:
-    """The relation of every layer's and head's keys and values in `model` to those in `full`.
+@dataclass(frozen=True, eq=False)
+class Shown:
+    """What `basis` needs of a full model, so that the model itself need not stay in memory beside the quantized one.
 
-    `windows` are token ids that the full model is shown to learn the shape and size of each block's input; by default 8
-    windows of 128 random ids, seed 0. Raises `IntactKVError` where the two have different layers, heads or widths.
+    `inputs` are the shape, size and dtype of what each block read, from which the noise is drawn again; `layers` the
+    keys and values `(batch, head, token, dim)` that each layer made of either half of the noise; `embeddings` the
+    first rows of the input embeddings. Keys and values take 8 · 128 tokens' cache twice over.
+    """
+
+    windows: Int[Tensor, "window token"]
+    inputs: dict[int, tuple[torch.Size, float, torch.dtype]]
+    layers: list[dict[int, tuple[Tensor, Tensor]]]
+    embeddings: Float[Tensor, "vocab hidden"]
+
+
+def show_noise(full: PreTrainedModel, *, windows: Int[Tensor, "window token"] | None = None) -> Shown:
+    """Show the full model what `basis` compares models by; for where one model at a time fits in memory.
+
+    `windows` are token ids that it is given to learn the shape and size of each block's input; by default 8 windows
+    of 128 random ids, seed 0.
     """
     if windows is None:
         vocab = full.config.get_text_config(decoder=True).vocab_size
         windows = torch.randint(vocab, (8, 128), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad(), recorded_inputs(full) as inputs:
+    with torch.no_grad(), recorded_inputs(full) as read:
         recorded(full, windows)
-    rotation = residual_rotation(full, model)
-    ours, theirs = [], []
+    inputs = {i: (x.shape, float(x.float().square().mean().sqrt()), x.dtype) for i, x in read.items()}
+    read.clear()
+    layers = []
     for half in (0, 1):
-        noise = {i: _noise(x, half, seed=2 * i + half) for i, x in inputs.items()}
-        with torch.no_grad(), forced_inputs(full, noise):
-            ours.append(recorded(full, windows))
+        with torch.no_grad(), forced_inputs(full, _noise(inputs, half)):
+            layers.append(recorded(full, windows))
+    return Shown(windows, inputs, layers, _embeddings(full))
+
+
+def basis(
+    full: PreTrainedModel | Shown, model: PreTrainedModel, *, windows: Int[Tensor, "window token"] | None = None
+) -> list[Relation]:
+    """The relation of every layer's and head's keys and values in `model` to those in `full`.
+
+    `windows` as in `show_noise`, whose result may stand for the full model. Raises `IntactKVError` where the two have
+    different layers, heads or widths.
+    """
+    shown = full if isinstance(full, Shown) else show_noise(full, windows=windows)
+    rotation = residual_rotation(shown.embeddings, _embeddings(model))
+    theirs = []
+    for half in (0, 1):
+        noise = _noise(shown.inputs, half)
         if rotation is not None:
-            noise = {i: (x.double() @ rotation.to(x.device)).to(x.dtype) for i, x in noise.items()}
+            noise = {i: (x.double() @ rotation).to(x.dtype) for i, x in noise.items()}
         with torch.no_grad(), forced_inputs(model, noise):
-            theirs.append(recorded(model, windows))
-    _check_shapes(ours[0], theirs[0])
+            theirs.append(recorded(model, shown.windows))
+    _check_shapes(shown.layers[0], theirs[0])
     relations = []
     for part, name in enumerate(("key", "value")):
-        rows = {i: (_rows(ours, i, part), _rows(theirs, i, part)) for i in sorted(ours[0])}
+        rows = {i: (_rows(shown.layers, i, part), _rows(theirs, i, part)) for i in sorted(shown.layers[0])}
         scaled = dict(zip(rows, rescaled([slopes(a, b) for a, b in rows.values()]), strict=True))
         for layer, (a, b) in rows.items():
             for head in range(len(a[0])):
@@ -86,13 +115,16 @@ def basis(
     return relations
 
 
-def _noise(x: Float[Tensor, "*batch token hidden"], half: int, *, seed: int) -> Float[Tensor, "*batch token hidden"]:
-    """White noise of the shape and size of `x` in one half of the hidden channels, 0 in the other."""
-    white = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed))
-    white, middle = white * float(x.float().square().mean().sqrt()), x.shape[-1] // 2
-    white[..., middle:] *= half
-    white[..., :middle] *= 1 - half
-    return white.to(x.device, x.dtype)
+def _noise(inputs: dict[int, tuple[torch.Size, float, torch.dtype]], half: int) -> dict[int, Tensor]:
+    """White noise of each input's shape and size in one half of the hidden channels, 0 in the other."""
+    noise = {}
+    for i, (shape, size, dtype) in inputs.items():
+        white = torch.randn(shape, generator=torch.Generator().manual_seed(2 * i + half)) * size
+        middle = shape[-1] // 2
+        white[..., middle:] *= half
+        white[..., :middle] *= 1 - half
+        noise[i] = white.to(dtype)
+    return noise
 
 
 def _rows(halves: list[dict[int, tuple[Tensor, Tensor]]], layer: int, part: int) -> Halves:
@@ -179,13 +211,14 @@ def describe(relations: Sequence[Relation]) -> str:
     return "full, " + ", ".join(parts) if parts else "full"
 
 
-def residual_rotation(full: PreTrainedModel, model: PreTrainedModel) -> Float[Tensor, "hidden hidden"] | None:
+def residual_rotation(
+    a: Float[Tensor, "vocab hidden"], b: Float[Tensor, "vocab hidden"]
+) -> Float[Tensor, "hidden hidden"] | None:
     """The rotation of the residual stream between two models, read off their input embeddings; None if there is none.
 
     Raises `IntactKVError` where the embeddings are neither the same nor rotated: another model. Warns where they are
     nearly so, by more than another dtype explains: another fine-tune of the same base, or rounded embeddings.
     """
-    a, b = _embeddings(full), _embeddings(model)
     if a.shape != b.shape:
         raise IntactKVError(
             f"the models' embeddings have shapes {tuple(a.shape)} and {tuple(b.shape)}; give the model it was "

@@ -129,16 +129,16 @@ def check_command(
     ] = None,
 ) -> None:
     """Are MODEL's keys and values the full model's, rescaled or rotated ones, or another's? Refuses the last."""
-    from intactkv.basis import align, basis, describe
+    from intactkv.basis import align, basis, describe, show_noise
     from intactkv.kv import IntactKV
     from intactkv.load import load_model
     from intactkv.report import basis_table
 
     artifact = IntactKV.load(kv)
-    with console.status("loading both models"):
-        full_model, quantized = load_model(full), load_model(model)
+    with console.status("reading the full model"):
+        shown = show_noise(load_model(full))  # and drop it: one model is in memory at a time
     with console.status("comparing every layer and head"):
-        relations = basis(full_model, quantized)
+        relations = basis(shown, load_model(model))
     console.print(basis_table(relations))
     aligned = align(artifact, relations)
     changed = aligned is not artifact
