@@ -5,14 +5,14 @@
 # DATA    a folder with eval/ and calib/ (docs/paper.md names the files); what is missing is left out and named
 # OUT     everything goes here (paper-run); the tables are gathered in OUT/tables.md
 # METHODS rtn gptq awq autoround       BITS 3 4         PREFIXES bos chat
-# WINDOW  2048, at most what the model can; TOKENS the most tokens of an answer (1024); LIMIT items of a task (all)
+# WINDOW  2048, at most what the model can; WINDOWS the most of a text (all); TOKENS the most tokens of an answer (1024); LIMIT items of a task (all)
 # STEPS   of calibration (160); DEVICE cpu or cuda
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 embedded=$(python -c 'from intactkv.demo import MODEL; print(MODEL)')
 MODEL=${MODEL:-$embedded} DATA=${DATA:?give DATA, a folder with eval/ and calib/} OUT=${OUT:-paper-run}
 METHODS=${METHODS:-rtn gptq awq autoround} BITS=${BITS:-3 4} PREFIXES=${PREFIXES:-bos chat}
-WINDOW=${WINDOW:-2048} TOKENS=${TOKENS:-1024} LIMIT=${LIMIT:-} STEPS=${STEPS:-160} DEVICE=${DEVICE:-cpu}
+WINDOW=${WINDOW:-2048} TOKENS=${TOKENS:-1024} LIMIT=${LIMIT:-} WINDOWS=${WINDOWS:-} STEPS=${STEPS:-160} DEVICE=${DEVICE:-cpu}
 export TOKENIZERS_PARALLELISM=false HF_DATASETS_DISABLE_PROGRESS_BARS=1
 wiki=$DATA/eval/wikitext2_test_raw.txt c4=$DATA/eval/c4_sample_500.jsonl questions=$DATA/eval/mt_bench_question.jsonl
 learn=$DATA/calib/wikitext2_valid_tokenised.txt chats=$DATA/calib/dolly_instructions_1000.jsonl
@@ -102,7 +102,7 @@ evaluate() {
         done
     done
     once "$name" intactkv eval "${models[@]}" --full "$MODEL" "${kvs[@]}" --data "$text" --window "$WINDOW" \
-        --cache "$OUT/cache" --device "$DEVICE" -o "$OUT/$name.json" --markdown "$tables/$name.md" "$@"
+        ${WINDOWS:+--windows "$WINDOWS"} --cache "$OUT/cache" --device "$DEVICE" -o "$OUT/$name.json" --markdown "$tables/$name.md" "$@"
 }
 texts=()
 has WikiText-2 "$wiki" && texts+=("wikitext2:$wiki")
@@ -115,7 +115,7 @@ for text in "${texts[@]}"; do
 done
 if [ ${#texts[@]} -gt 0 ]; then
     once w4a4 intactkv eval "$OUT/rotated-4" --full "$MODEL" --kv "$OUT/rotated-4/prefix.intactkv.safetensors" --device "$DEVICE" \
-        --data "${texts[0]#*:}" --window "$WINDOW" --paper --cache "$OUT/cache" -o "$OUT/w4a4.json" --markdown "$tables/w4a4.md"
+        --data "${texts[0]#*:}" --window "$WINDOW" ${WINDOWS:+--windows "$WINDOWS"} --paper --cache "$OUT/cache" -o "$OUT/w4a4.json" --markdown "$tables/w4a4.md"
 fi
 
 # 5. LAMBADA, QA and MMLU by lm-eval, three arms, item by item.
