@@ -145,6 +145,8 @@ class HandRounded(DynamicCache):
 @pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda a: a.name)
 def test_every_architecture_generates_the_same_with_block_reads_and_dense(architecture: Any) -> None:
     model = build(architecture)
+    if architecture.name == "qwen2":
+        model = model.double()  # large key biases, coarse steps: in float32 a number on an edge can tip over
     packing = Packing(bits=8, keep=2)
     rows = [prompts(1, n, seed=n)[0] for n in (12, 9)]
     ids, mask, _ = padded(rows, "right" if architecture.recurrent else "left")
