@@ -22,6 +22,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -30,12 +31,13 @@ import torch
 import transformers
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, PreTrainedModel, StaticCache
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, PreTrainedModel, QuantizedCache, StaticCache
 
 from intactkv import IntactKV, PackedCache, Packing, attach, read_packed
 from intactkv.kv import fingerprint
 from intactkv.packed import kernel
 from intactkv.packed.attention import Partial
+from intactkv.packed.reads import forward
 from intactkv.packed.store import Packed, Run, Store
 from intactkv.record import recorded
 
@@ -76,18 +78,23 @@ def main() -> None:
     """Run the parts asked for, write all figures, and print a short table last."""
     options = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     options.add_argument("--out", type=Path, default=Path("gpu"), help="the folder for gpu.json")
-    options.add_argument("--only", choices=("attach", "packed"), help="one part")
+    options.add_argument("--only", choices=("attach", "packed", "stock"), help="one part")
     options.add_argument("--tune", action="store_true", help="try the kernel's sizes first")
     asked, size = options.parse_args(), FULL if CUDA else TOY
     asked.out.mkdir(parents=True, exist_ok=True)
     figures: dict[str, Any] = {"where": where()}
-    for name, part in (("packed", packed_figures), ("attach", attach_figures)):
+    parts: dict[str, Callable[[], Any]] = {
+        "packed": lambda: packed_figures(size, asked.tune),
+        "stock": lambda: stock_figures(size),
+        "attach": lambda: attach_figures(size),
+    }
+    for name, part in parts.items():
         if asked.only in (None, name):
             began = time.perf_counter()
-            figures[name] = part(size, asked.tune) if name == "packed" else part(size)
+            figures[name] = part()
             print(f"{name}: {time.perf_counter() - began:.0f} s", flush=True)
             (asked.out / "gpu.json").write_text(json.dumps(figures, indent=1))
-    for name in ("packed", "attach"):
+    for name in parts:
         for row in figures.get(name, {}).get("rows", []):
             print(" | ".join(str(cell) for cell in row.values()))
 
@@ -212,6 +219,54 @@ def decode_rows(size: Size, batch: int, context: int, bandwidth: float) -> list[
         }
         for name, (read, _) in ways.items()
     ]
+
+
+def stock_figures(size: Size) -> dict[str, Any]:
+    """The comparison with transformers' QuantizedCache, for the backends that are installed."""
+    pairs = itertools.product(size.contexts[:2], size.contexts_batches)
+    return {"rows": [row for context, batch in pairs for row in stock_rows(size, batch, context)]}
+
+
+def stock_rows(size: Size, batch: int, context: int) -> list[dict[str, Any]]:
+    """One layer's step, storing a token and reading all, by QuantizedCache and by ours, launched eagerly.
+
+    Each way has its own cache and goes on from step to step.
+    """
+    query, key, value = fresh(batch, context, size.head_dim)
+    config = LlamaConfig(num_hidden_layers=1, num_attention_heads=4 * key.shape[1], num_key_value_heads=key.shape[1],
+                         hidden_size=4 * key.shape[1] * size.head_dim)  # fmt: skip
+    caches: dict[str, Any] = {"packed": PackedCache(config, Packing(bits=4))}
+    for backend, module, axis in (("quanto", "optimum", 0), ("hqq", "hqq", 1)):
+        if find_spec(module):
+            caches[backend] = QuantizedCache(backend, config, nbits=4, axis_key=axis, axis_value=axis)
+    for cache in caches.values():
+        cache.update(key, value, 0)
+    token, half = (key[:, :, :1], value[:, :, :1]), query.to(torch.bfloat16)
+
+    def stock(cache: Any) -> Callable[[], float]:
+        def step() -> None:
+            sdpa(half, *cache.update(*token, 0), SDPBackend.FLASH_ATTENTION if CUDA else SDPBackend.MATH)()
+
+        return lambda: clocked(step)
+
+    heads = half.flatten(1, 2)[:, :, None]  # (batch, head, token, dim)
+
+    def ours() -> float:
+        return clocked(
+            lambda: forward(torch.nn.Identity(), heads, *caches["packed"].update(*token, 0), None, scaling=1.0)
+        )
+
+    ways = {name: ours if name == "packed" else stock(cache) for name, cache in caches.items()}
+    for way in ways.values():
+        way()
+    seconds = turns(ways, ROUNDS)
+    rows = []
+    for name, times in seconds.items():
+        ratio = median(t / p for t, p in zip(times, seconds["packed"], strict=True))
+        rows.append({"way": f"{name}, a step", "batch": batch, "context": context,
+                     "us": f"{1e6 * median(times):.0f}", "time_over_packed": f"{ratio:.2f}"})  # fmt: skip
+        print(rows[-1], flush=True)
+    return rows
 
 
 def copies(size: Size, nbytes: int) -> int:
