@@ -409,7 +409,10 @@ def test_killed_at_once_and_run_again_gives_the_same_bits(w3: Path, tmp_path: Pa
     script = [sys.executable, "-m", "intactkv.cli", *arguments]
     source = str(Path(__file__).parent.parent / "src")
     process = subprocess.Popen(
-        script, env={**os.environ, "PYTHONPATH": source}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        script,
+        env={**os.environ, "PYTHONPATH": source, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
     while len(list((cache / "arms").glob("*.safetensors"))) < 4 and process.poll() is None:
         time.sleep(0.001)

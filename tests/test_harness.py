@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from intactkv import IntactKV, IntactKVError, bos, capture
 from intactkv.demo import MODEL
 from intactkv.harness.command import compare_arms, lm_eval
-from intactkv.harness.compare import compare, read_samples
+from intactkv.harness.compare import compare, read_samples, rows
 from intactkv.harness.model import IntactLM
 from intactkv.harness.tasks import TASKS, write_tasks
 from intactkv.load import load_model, load_tokenizer
@@ -253,6 +253,15 @@ def test_flips_mcnemar_and_recovery(tmp_path: Path) -> None:
     assert one.gain.low < 0.3 < one.gain.high
     assert one.recovered is not None
     assert one.recovered.value == pytest.approx(0.3 / 0.4)
+    for arm, values in (("f", full), ("o", own), ("i", intact)):
+        for task in ("mmlu_a", "mmlu_b"):
+            samples(tmp_path / f"{arm}2", values, task=task)
+    both = compare(tmp_path / "f2", tmp_path / "o2", tmp_path / "i2")
+    assert [(each.task, each.items, each.mended) for each in both] == [
+        ("mmlu", 40, 14), ("mmlu_a", 20, 7), ("mmlu_b", 20, 7),
+    ]  # fmt: skip
+    assert [row["task"] for row in rows(both)] == ["mmlu"]
+    assert [row["task"] for row in rows([one])] == ["t"]
     samples(tmp_path / "short", own[:-1])
     with pytest.raises(IntactKVError, match="different items"):
         compare(tmp_path / "f", tmp_path / "short", tmp_path / "i")

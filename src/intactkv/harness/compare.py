@@ -14,6 +14,7 @@ from scipy.stats import binomtest
 from intactkv.error import IntactKVError
 from intactkv.evaluate.metrics import Interval
 
+GROUPS = ("mmlu",)  # tasks named GROUP_… are counted together too
 Items = dict[tuple[str, str], dict[Any, float]]  # (task, metric) → item → value
 
 
@@ -41,11 +42,11 @@ class Comparison:
 
 
 def compare(full: Path, own: Path, intact: Path, *, resamples: int = 1000, seed: int = 0) -> list[Comparison]:
-    """Compare three folders (or files) that `lm_eval --log_samples --output_path` wrote, every task and metric.
+    """Compare three folders (or files) that `lm_eval --log_samples --output_path` wrote, every task, metric and group.
 
     Raises `IntactKVError` where an arm has no samples, several runs of one task, or other items than the others.
     """
-    arms = {name: read_samples(path) for name, path in (("full", full), ("own", own), ("intact", intact))}
+    arms = {name: pooled(read_samples(path)) for name, path in (("full", full), ("own", own), ("intact", intact))}
     first = arms["full"]
     for name, items in arms.items():
         if items.keys() != first.keys():
@@ -125,6 +126,17 @@ def read_samples(path: Path) -> Items:
     return items
 
 
+def pooled(items: Items) -> Items:
+    """`items` and, where several tasks of one group were run, the group's: all their items together."""
+    together: Items = {}
+    for group in GROUPS:
+        members = [key for key in items if key[0].startswith(f"{group}_")]
+        for task, metric in members if len({task for task, _ in members}) > 1 else ():
+            every = together.setdefault((group, metric), {})
+            every.update({(task, item): value for item, value in items[task, metric].items()})
+    return {**items, **together}
+
+
 def _per_item(metric: str, value: Any) -> tuple[str, Any]:
     """What lm-eval logs for one item under a perplexity's name: its log-likelihood, with or without a weight."""
     if not metric.endswith("perplexity"):
@@ -138,7 +150,9 @@ def to_dict(found: Iterable[Comparison]) -> list[dict[str, Any]]:
 
 
 def rows(found: Iterable[Comparison]) -> list[Mapping[str, str]]:
-    """The cells of a table, one row for each comparison."""
+    """The cells of a table, one row for each comparison; of a group the whole, not its members."""
+    found = list(found)
+    grouped = tuple(f"{one.task}_" for one in found if one.task in GROUPS)
     return [
         {
             "task": one.task,
@@ -155,4 +169,5 @@ def rows(found: Iterable[Comparison]) -> list[Mapping[str, str]]:
             else f"{100 * one.recovered.value:.0f} [{100 * one.recovered.low:.0f}, {100 * one.recovered.high:.0f}]",
         }
         for one in found
+        if not one.task.startswith(grouped)
     ]
