@@ -17,13 +17,13 @@ from models import PREFIX, VOCAB, build, by_name, make_pair, prompts, reference_
 from torch import Tensor, nn
 
 from intactkv import IntactKV, IntactKVError, attach, capture
-from intactkv.calibrate import Objective, Sample, Samples, Settings, Split, calibrate, spool, spool_bytes
+from intactkv.calibrate import Objective, Report, Sample, Samples, Settings, Split, calibrate, spool, spool_bytes
 from intactkv.calibrate.activations import activations_fit
 from intactkv.calibrate.backward import effective_weight, frozen, straight_through
 from intactkv.calibrate.board import board
 from intactkv.calibrate.judge import verdict_of
 from intactkv.calibrate.outputs import batched, outputs
-from intactkv.calibrate.processes import share
+from intactkv.calibrate.processes import exchange_device, share
 from intactkv.calibrate.step import gradients_, order, step_, with_tensors
 from intactkv.calibrate.targets import Live
 from intactkv.calibrate.train import _start
@@ -671,6 +671,54 @@ def test_two_processes_of_accelerate_give_what_one_gives(trio: Any, tmp_path: Pa
         torch.testing.assert_close(two.tensors[name], tensor, rtol=0, atol=1e-6)
     losses = [found.provenance["calibration"]["losses"] for found in (one, two)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("backends", "device", "place"),
+    [
+        ("cpu:gloo,cuda:gloo", "cpu", "cpu"),
+        ("cpu:gloo,cuda:nccl", "cpu", "cpu"),
+        ("cpu:gloo,cuda:nccl", "cuda:1", "cuda:1"),
+        ("cuda:nccl", "cuda:1", "cuda:1"),
+        ("cuda:nccl", "cpu", "cuda"),  # losses and metrics are on the CPU, which NCCL does not serve
+    ],
+)
+def test_sums_are_made_where_the_group_can_make_them(backends: str, device: str, place: str) -> None:
+    assert exchange_device(backends, torch.device(device)) == torch.device(place)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_calibrates_as_the_cpu_does(tmp_path: Path) -> None:
+    """Also resumed, from a spool, and in a group of GPUs alone; the KV itself stays where it was."""
+    full, model, kv = make_pair(by_name("llama-gqa"))
+    settings, found = replace(QUICK, objective=BOTH), {}
+    found["cpu"] = calibrate(kv, model, full, seen(), settings=settings)
+    spooled = spool(full.cuda(), seen(), tmp_path / "spool", prefix=kv.ids, logits=True)
+    found["live"] = calibrate(kv, model.cuda(), full, seen(), settings=settings)
+    state = tmp_path / "state"
+
+    def stop(now: Report) -> None:
+        if now.step == 5:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        calibrate(kv, model, full, seen(), settings=settings, checkpoint=state, progress=stop)
+    found["resumed"] = calibrate(kv, model, full, seen(), settings=settings, checkpoint=state)
+    found["spooled"] = calibrate(kv, model, spooled, seen(), settings=settings)
+    blocks = replace(settings, checkpoint_blocks=True)
+    found["checkpointed"] = calibrate(kv, model, full, seen(), settings=blocks)
+    file = (tmp_path / "group").as_uri()
+    torch.distributed.init_process_group("nccl", init_method=file, rank=0, world_size=1)
+    try:
+        found["grouped"] = calibrate(kv, model, full, seen(), settings=settings)
+    finally:
+        torch.distributed.destroy_process_group()
+    losses = found["cpu"].provenance["calibration"]["losses"]
+    for name, one in found.items():
+        about = one.provenance["calibration"]
+        assert about["adopted"], name
+        assert about["losses"] == pytest.approx(losses, rel=1e-2), name
+        assert {tensor.device.type for tensor in one.tensors.values()} == {"cpu"}, name
 
 
 def test_one_process_takes_everything() -> None:

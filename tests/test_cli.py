@@ -349,6 +349,7 @@ def test_calibrate_says_what_is_wrong(demo: tuple[Path, str], tmp_path: Path) ->
         (["--data", TEXT, "--system", "Be brief."], "--system goes with conversations"),
         (["--data", tmp_path / "no.json"], "cannot be read"),
         (["--data", TEXT, "--length", "64", "--steps", "0"], "steps=0"),
+        (["--data", TEXT, "--length", "64", "--device", "nowhere"], "cannot be put on --device nowhere"),
     ):
         done = intactkv(*common, *more, "-o", tmp_path / "out")
         assert done.returncode == 1

@@ -295,6 +295,7 @@ def calibrate_command(
     checkpoint: Annotated[Path | None, typer.Option(help="A file to resume from after a stop.", metavar="FILE")] = None,
     tensorboard: Annotated[Path | None, typer.Option(help="Draw curves for TensorBoard.", metavar="DIR")] = None,
     seed: Annotated[int, typer.Option(help="The seed of the order of samples.")] = 0,
+    device: Annotated[str, typer.Option(help="Where models run: cpu, cuda, …")] = "cpu",
 ) -> None:
     """Train the intact KV to absorb what is left of MODEL's quantization error; keep it only if that helps."""
     from intactkv.calibrate import Settings
@@ -316,7 +317,7 @@ def calibrate_command(
             batch_size=batch_size, checkpoint_blocks=checkpoint_blocks,
             parts=("value",) if values_only else ("key", "value"),
         ),
-        places=calibration.Places(spool, checkpoint, tensorboard), console=console,
+        places=calibration.Places(spool, checkpoint, tensorboard, device), console=console,
     )  # fmt: skip
     if is_main():
         found.save(out)

@@ -22,7 +22,7 @@ from intactkv.calibrate.step import Settings
 from intactkv.calibrate.targets import Spool, spool, spool_bytes
 from intactkv.calibrate.train import Report, calibrate
 from intactkv.kv import IntactKV, IntactKVError
-from intactkv.load import load_model, load_tokenizer
+from intactkv.load import load_model_on, load_tokenizer
 
 OBJECTIVES = {"blocks": Objective(1, 0), "kl": Objective(0, 1), "both": Objective(1, 1)}
 
@@ -41,32 +41,37 @@ class Data:
 
 @dataclass(frozen=True)
 class Places:
-    """Where the targets are spooled, the state is kept to resume from, and curves are drawn: each if it is wanted."""
+    """Where the targets are spooled, the state is kept to resume from, and curves are drawn: each if it is wanted.
+
+    `device` is where models run; several processes run where accelerate puts each.
+    """
 
     spool: Path | None
     checkpoint: Path | None
     tensorboard: Path | None = None
+    device: str = "cpu"
 
 
 def run(
     model: str, full: str, kv: IntactKV, *, data: Data, settings: Settings, places: Places, console: Console
 ) -> IntactKV:
     """Calibrate `kv` for `model` from the command line's arguments."""
-    device, console = _process(), console if is_main() else Console(quiet=True)
+    device = _process() or places.device
+    console = console if is_main() else Console(quiet=True)
     curves: Any = board(places.tensorboard) if places.tensorboard is not None and is_main() else nullcontext()
     parts = _samples(data, full, kv, console)
     goal: dict[str, bool] = {"blocks": settings.objective.blocks > 0, "logits": settings.objective.kl > 0}
     targets: PreTrainedModel | Spool
     if places.spool is None:
         with console.status(f"loading {full}"):
-            targets = load_model(full).to(device)
+            targets = load_model_on(full, device)
     else:
         if is_main():
-            _spool(full, parts, places.spool, kv, goal, console)
+            _spool((full, device), parts, places.spool, kv, goal, console)
         wait()
         targets = Spool(places.spool)
     with console.status(f"loading {model}"):
-        quantized = load_model(model).to(device)
+        quantized = load_model_on(model, device)
     with curves as draw, Progress(console=console, transient=True) as bar:
         task = bar.add_task("calibrating", total=settings.steps)
 
@@ -98,15 +103,15 @@ def sentences(about: dict[str, Any]) -> list[str]:
     return said
 
 
-def _process() -> Any:
-    """This process's device; with several, as `accelerate launch` starts them, join their group."""
+def _process() -> str | None:
+    """With several processes, as `accelerate launch` starts them, join their group; this one's device there."""
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
-        return "cpu"
+        return None
     try:
         from accelerate import PartialState
     except ImportError as error:
         raise IntactKVError("several processes need accelerate: pip install 'intactkv[distributed]'") from error
-    return PartialState(cpu=not torch.accelerator.is_available()).device
+    return str(PartialState(cpu=not torch.accelerator.is_available()).device)
 
 
 def _samples(data: Data, full: str, kv: IntactKV, console: Console) -> Split:
@@ -124,9 +129,12 @@ def _samples(data: Data, full: str, kv: IntactKV, console: Console) -> Split:
     return split(found, held_out=data.held_out)
 
 
-def _spool(full: str, parts: Split, folder: Path, kv: IntactKV, goal: dict[str, bool], console: Console) -> None:
-    with console.status(f"loading {full}"):
-        loaded = load_model(full)
+def _spool(
+    full: tuple[str, str], parts: Split, folder: Path, kv: IntactKV, goal: dict[str, bool], console: Console
+) -> None:
+    """Spool the targets of the full model, given by name and device."""
+    with console.status(f"loading {full[0]}"):
+        loaded = load_model_on(*full)
     size = spool_bytes(loaded, parts, prefix=kv.ids, **goal)
     console.print(f"targets of the full model: {size:,} bytes in {folder}", highlight=False)
     with Progress(console=console, transient=True) as bar:

@@ -34,9 +34,20 @@ def sum_(tensors: Sequence[Tensor]) -> None:
     """Replace the tensors, of one dtype, by their sums over all processes, in one exchange."""
     if grouped():
         flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+        place = exchange_device(distributed.get_backend_config(), flat.device)
+        flat = flat.to(place)
         distributed.all_reduce(flat)
         for tensor, summed in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
             tensor.copy_(summed.view_as(tensor))
+
+
+def exchange_device(backends: str, device: torch.device) -> torch.device:
+    """Where a tensor of `device` is summed by a group whose backends are, for example, "cuda:nccl".
+
+    NCCL sums nothing that lies on a CPU, so a group of GPUs alone does it on this process's own.
+    """
+    served = [pair.split(":")[0] for pair in backends.split(",")]
+    return device if device.type in served else torch.device(served[0])
 
 
 def wait() -> None:
