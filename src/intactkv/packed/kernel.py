@@ -28,12 +28,12 @@ WARPS, STAGES = 1, 3
 WAVES = 8  # programs for each multiprocessor, so that loads of one hide behind the work of others
 
 
-def fits(query: Tensor, key: Packed, value: Packed) -> bool:
+def fits(key: Packed, value: Packed, rows: int) -> bool:
     """Whether the kernel serves these shapes: one scale a token or groups of 16 and more, heads of a power of two."""
     widths = all(x.dim >= 64 and x.dim & (x.dim - 1) == 0 for x in (key, value))
     groups = value.scale.shape[3] == 1 and not value.token_group
     groups &= key.token_group % 16 == 0 if key.token_group else key.scale.shape[3] == 1
-    return widths and groups and query.shape[2] <= 64
+    return widths and groups and rows <= 64
 
 
 def packed_attention_gpu(
@@ -47,30 +47,53 @@ def packed_attention_gpu(
     exact: bool = True,
 ) -> Partial:
     """`packed_attention` in two kernels; `exact` to float32, else to the half precision of the products."""
+    batch, head, rows, _ = query.shape
+    shares = attend_shares(query, key, value, len(key), begin=begin, mask=mask, softcap=softcap, exact=exact)
+    out = Partial(*(query.new_empty((batch, head, rows, n), dtype=torch.float32) for n in (value.dim, 1, 1)))
+    splits = shares.acc.shape[2]
+    _merge[(rows, batch * head)](
+        *shares, *out, rows, splits, DIM=value.dim, SPLITS=triton.next_power_of_2(splits), num_warps=4
+    )
+    return out
+
+
+def attend_shares(
+    query: Float[Tensor, "batch kv_head row dim"],
+    key: Packed,
+    value: Packed,
+    tokens: int,
+    *,
+    begin: Tensor | None = None,
+    mask: Tensor | None = None,
+    softcap: float | None = None,
+    exact: bool = True,
+    scaling: float = 1.0,
+    clock: Int[Tensor, "3"] | None = None,
+) -> Partial:
+    """Attention over the first `tokens` packed tokens in shares, `(batch, kv_head, share, row, …)`, not yet merged.
+
+    `begin` is `(batch,)`, a row's first visible token, or `(batch, 3)`, the rows of `step.py`. With a `clock`, how many
+    tokens are read is what stands in it when the kernel runs, and the shares are made for `tokens` at most.
+    """
     batch, head, rows, dim = query.shape
-    tokens, block = len(key), _block(key)
+    block = _block(key)
     splits, share = _splits(batch * head, tokens, block, query.device)
     acc = query.new_empty((batch, head, splits, rows, value.dim), dtype=torch.float32)
     peak, total = (query.new_empty((batch, head, splits, rows), dtype=torch.float32) for _ in range(2))
     seen = None if mask is None else mask.expand(batch, head, rows, tokens)
-    query = query.to(torch.float32).contiguous()
     _attend[(splits, batch * head)](
-        query, key.codes, key.scale, key.low, value.codes, value.scale, value.low, begin, seen, acc, peak, total,
-        head, rows, tokens, share, softcap or 0.0,
+        query.contiguous(), key.codes, key.scale, key.low, value.codes, value.scale, value.low, begin, seen,
+        acc, peak, total, head, rows, tokens, share, softcap or 0.0,
         *key.codes.stride()[:3], *key.scale.stride()[:3],
         *value.codes.stride()[:3], *value.scale.stride()[:3],
-        *((0,) * 4 if seen is None else seen.stride()),
+        *((0,) * 4 if seen is None else seen.stride()), scaling, clock,
         DIM=dim, DIM_V=value.dim, BITS=key.bits, BITS_V=value.bits, TOKEN_GROUP=key.token_group, BLOCK=block,
-        ROWS=max(ROWS, triton.next_power_of_2(rows)), BEGIN=begin is not None,
+        ROWS=max(ROWS, triton.next_power_of_2(rows)), BEGIN=0 if begin is None else begin.ndim,
         MASK=0 if seen is None else 1 if seen.dtype == torch.bool else 2, CAP=softcap is not None,
-        EXACT=exact, ASM=query.is_cuda and torch.version.cuda is not None,
+        EXACT=exact, ASM=query.is_cuda and torch.version.cuda is not None, CLOCK=clock is not None,
         num_warps=WARPS, num_stages=STAGES,
     )  # fmt: skip
-    out = Partial(*(query.new_empty((batch, head, rows, n), dtype=torch.float32) for n in (value.dim, 1, 1)))
-    _merge[(rows, batch * head)](
-        acc, peak, total, *out, rows, splits, DIM=value.dim, SPLITS=triton.next_power_of_2(splits), num_warps=4
-    )
-    return out
+    return Partial(acc, peak, total)
 
 
 def _block(key: Packed) -> int:
@@ -84,7 +107,7 @@ def _block(key: Packed) -> int:
 def _splits(programs: int, tokens: int, block: int, device: torch.device) -> tuple[int, int]:
     """Into how many shares the tokens go, and the tokens of one, a multiple of `block`."""
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
-    blocks = triton.cdiv(tokens, block)
+    blocks = max(1, triton.cdiv(tokens, block))
     wanted = max(1, min(blocks, WAVES * processors // programs, 256))
     share = triton.cdiv(blocks, wanted)
     return triton.cdiv(blocks, share), share * block
@@ -127,6 +150,19 @@ def _plane(low, high, PLANE: tl.constexpr, BITS: tl.constexpr, WIDE: tl.constexp
 
 
 @triton.jit
+def _query(at, live, scaling):
+    return tl.load(at, live[:, None], 0.0).to(tl.float32) * scaling
+
+
+@triton.jit
+def visible_from(rows, b, packed):
+    """The first of row b's `packed` columns that is read packed: behind padding and behind what is kept."""
+    start, count = tl.load(rows + b * 3 + 1), tl.load(rows + b * 3 + 2)
+    kept = tl.minimum(tl.maximum(packed - start, 0), count)
+    return tl.maximum(tl.load(rows + b * 3), tl.where(kept > 0, start + kept, 0))
+
+
+@triton.jit
 def _turned(x, scale, low, MIDDLE: tl.constexpr):
     """`x` with a group's channel scales in it, and x * (low + scale * MIDDLE), to be summed over channels."""
     s = tl.load(scale).to(tl.float32)
@@ -155,16 +191,19 @@ def _product(x, codes, sum_, EXACT: tl.constexpr):
     return sum_
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _attend(
     query, k_codes, k_scale, k_low, v_codes, v_scale, v_low, begin, mask, acc, peak, total,
     heads, rows, tokens, share, cap,
-    kb, kh, kt, ksb, ksh, kst, vb, vh, vt, vsb, vsh, vst, mb, mh, mr, mt,
+    kb, kh, kt, ksb, ksh, kst, vb, vh, vt, vsb, vsh, vst, mb, mh, mr, mt, scaling, clock,
     DIM: tl.constexpr, DIM_V: tl.constexpr, BITS: tl.constexpr, BITS_V: tl.constexpr, TOKEN_GROUP: tl.constexpr,
     BLOCK: tl.constexpr, ROWS: tl.constexpr, BEGIN: tl.constexpr, MASK: tl.constexpr, CAP: tl.constexpr,
-    EXACT: tl.constexpr, ASM: tl.constexpr,
+    EXACT: tl.constexpr, ASM: tl.constexpr, CLOCK: tl.constexpr,
 ):  # fmt: skip
     """One head's attention over one share of its packed tokens."""
+    if CLOCK:
+        tokens = tl.load(clock + 2).to(tl.int32)
+        share = tl.cdiv(tl.cdiv(tokens, BLOCK), tl.num_programs(0)) * BLOCK
     split, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
     b, h = bh // heads, bh % heads
     K: tl.constexpr = 1 if BITS == 8 else 2 if BITS == 4 else 4  # planes
@@ -174,15 +213,15 @@ def _attend(
     r, n, jk, jv = tl.arange(0, ROWS), tl.arange(0, BLOCK), tl.arange(0, WK), tl.arange(0, WV)
     live = r < rows
     q_at = query + (bh * rows + r[:, None]) * DIM + jk[None, :]
-    q0 = tl.load(q_at, live[:, None], 0.0)
+    q0 = _query(q_at, live, scaling)
     q1, q2, q3 = q0, q0, q0
     size, sum_q = tl.max(tl.abs(q0), 1), tl.sum(q0, 1)
     if K >= 2:
-        q1 = tl.load(q_at + WK, live[:, None], 0.0)
+        q1 = _query(q_at + WK, live, scaling)
         size, sum_q = tl.maximum(size, tl.max(tl.abs(q1), 1)), sum_q + tl.sum(q1, 1)
     if K == 4:
-        q2 = tl.load(q_at + 2 * WK, live[:, None], 0.0)
-        q3 = tl.load(q_at + 3 * WK, live[:, None], 0.0)
+        q2 = _query(q_at + 2 * WK, live, scaling)
+        q3 = _query(q_at + 3 * WK, live, scaling)
         size = tl.maximum(size, tl.maximum(tl.max(tl.abs(q2), 1), tl.max(tl.abs(q3), 1)))
         sum_q += tl.sum(q2, 1) + tl.sum(q3, 1)
     size = tl.maximum(tl.max(size, 0), 1e-30)  # one for all rows: it goes into the tokens' scales
@@ -191,8 +230,10 @@ def _attend(
     MIDDLE_V: tl.constexpr = 2 ** (BITS_V - 1)
 
     first = 0
-    if BEGIN:
+    if BEGIN == 1:
         first = tl.load(begin + b)
+    if BEGIN == 2:
+        first = visible_from(begin, b, tokens)
     m = tl.full((ROWS,), FLOOR_, tl.float32)
     total_ = tl.zeros((ROWS,), tl.float32)
     a0 = tl.zeros((ROWS, WV), tl.float32)
