@@ -13,6 +13,7 @@ one learning rate for all.
 from __future__ import annotations
 
 import ctypes
+import gc
 import json
 import tempfile
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -98,8 +99,8 @@ def main(
     )  # fmt: skip
     order: list[Cell] = [
         (name, width, length, goal)
-        for width, name, length, goal in product(
-            map(int, bits.split(",")), methods.split(","), map(int, prefixes.split(",")), objectives.split(",")
+        for width, length, name, goal in product(
+            map(int, bits.split(",")), map(int, prefixes.split(",")), methods.split(","), objectives.split(",")
         )
     ]
     if not out.exists():
@@ -166,7 +167,10 @@ def _data(plan: Plan, ids: tuple[int, ...]) -> tuple[Split, Windows]:
     parts = [text_samples(p, tokenizer, prefix=ids, length=plan.window, count=share).rows for p in plan.learn]
     if min(map(len, parts)) < share:
         raise IntactKVError(f"the learned texts give {[len(part) for part in parts]} pieces; {share} of each are used")
-    mixed = Samples(tuple(chain.from_iterable(zip(*parts, strict=True))), " + ".join(p.name for p in plan.learn))
+    rounds = (
+        found[:: (-1) ** i] for i, found in enumerate(zip(*parts, strict=True))
+    )  # to and fro: turn about, all texts
+    mixed = Samples(tuple(chain.from_iterable(rounds)), " + ".join(p.name for p in plan.learn))  # choose and judge
     tokens = tokenizer(read_text(plan.text), add_special_tokens=False, verbose=False).input_ids
     measure = prefixed_windows(tokens, prefix=ids, window=plan.window)
     step = len(measure) // plan.windows
@@ -222,6 +226,7 @@ def _times(own: TokenMetrics, intact: TokenMetrics, calibrated: TokenMetrics, co
 
 def _memory(device: str, *, reset: bool = False) -> float:
     """MiB at the peak since the last `reset`, which begins at the present size: of torch on a GPU, else resident."""
+    gc.collect()  # a model of the cell before, freed only later, would hide as much of this one's
     if torch.device(device).type == "cuda":
         if reset:
             torch.cuda.reset_peak_memory_stats(device)
