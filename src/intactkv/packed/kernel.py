@@ -22,7 +22,7 @@ from torch import Tensor
 from intactkv.packed.attention import FLOOR, Partial
 from intactkv.packed.store import Packed
 
-ROWS = 16  # the least that a matrix product takes
+ROWS = 8  # the least that a matrix product takes
 BLOCK = 64  # tokens
 WARPS, STAGES = 1, 3
 WAVES = 8  # programs for each multiprocessor, so that loads of one hide behind the work of others
@@ -91,67 +91,51 @@ def _splits(programs: int, tokens: int, block: int, device: torch.device) -> tup
 
 
 @triton.jit
-def _halves(word, shift: tl.constexpr, mask: tl.constexpr, middle: tl.constexpr, ASM: tl.constexpr):
-    """`((byte >> shift) & mask) - middle` of every byte, in half precision."""
+def _words(codes, at, there, WORDS: tl.constexpr, WIDE: tl.constexpr, BITS: tl.constexpr):
+    """Two bytes of codes at a time, `(token, WIDE)`, of which WORDS are there; at 3 bits those with the high bits too."""
+    u = tl.arange(0, WIDE)
+    at = codes.to(tl.pointer_type(tl.uint16)) + at[:, None]
+    seen = there[:, None] if WIDE == WORDS else there[:, None] & (u < WORDS)[None, :]
+    words = tl.load(at + u[None, :], seen, 0)
+    high = words
+    if BITS == 3:
+        high = tl.load(at + WORDS + (u % (WORDS // 2))[None, :], seen, 0)
+        high = high.to(tl.uint32) << (2 - u // (WORDS // 2))[None, :].to(tl.uint32)
+    return words, high
+
+
+@triton.jit
+def _codes(words, high, I: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr):
+    """Plane I's codes times 2^(BITS * (I // 2) - 24): bits masked where they lie are subnormal numbers.
+
+    Plane I has the codes of bytes of I's parity, see `bits.py`.
+    """
+    WIDTH: tl.constexpr = 2 if BITS == 3 else BITS
+    SHIFT: tl.constexpr = I % 2 * 8
+    MASK: tl.constexpr = (2**WIDTH - 1) << (I // 2 * WIDTH)
+    if BITS == 3:
+        bit = (high >> SHIFT) & (1 << (I // 2 * 2 + 2))
+        return (((words >> SHIFT) & MASK) | bit.to(tl.uint16)).to(tl.float16, bitcast=True)
     if ASM:
-        # four bytes at a time: 0x6400 | code is the half-precision number 1024 + code
         return tl.inline_asm_elementwise(
-            "{ .reg .b32 t;\n"
-            f"shr.u32 t, $2, {shift};\n"
-            f"and.b32 t, t, {mask};\n"
-            "prmt.b32 $0, t, 0x64646464, 0x4140;\n"
-            "prmt.b32 $1, t, 0x64646464, 0x4342;\n"
-            f"mov.b32 t, {0x64006400 + middle * 0x10001};\n"
-            "sub.rn.f16x2 $0, $0, t;\n"
-            "sub.rn.f16x2 $1, $1, t; }",
-            "=r,=r,r",
-            args=[word],
+            f"{{ .reg .b32 t; shr.u32 t, $1, {SHIFT}; and.b32 $0, t, {MASK * 0x10001}; }}",
+            "=r,r",
+            args=[words],
             dtype=tl.float16,
             is_pure=True,
-            pack=4,
+            pack=2,
         )
-    return ((word >> shift) & (mask & 0xFF)).to(tl.float16) - middle
+    return ((words >> SHIFT) & MASK).to(tl.float16, bitcast=True)
 
 
 @triton.jit
-def _plane(low, high, PLANE: tl.constexpr, BITS: tl.constexpr, WIDE: tl.constexpr, ASM: tl.constexpr):
-    """Codes `PLANE * WIDE` and following of every token less 2^(bits - 1), `(token, WIDE)`; see `bits.py`."""
-    if BITS == 8:
-        return _halves(low, 0, 0xFFFFFFFF, 128, ASM)
-    if BITS == 4:
-        return _halves(low, PLANE * 4, 0x0F0F0F0F, 8, ASM)
-    if BITS == 2:
-        return _halves(low, PLANE * 2, 0x03030303, 2, ASM)
-    at = PLANE * 2 + tl.arange(0, WIDE) // (WIDE // 2)
-    return _halves(low, PLANE * 2, 0x03030303, 4, ASM) + 4 * ((high >> at[None, :].to(tl.uint8)) & 1).to(tl.float16)
-
-
-@triton.jit
-def _turned(x, scale, low, MIDDLE: tl.constexpr):
-    """`x` with a group's channel scales in it, and x * (low + scale * MIDDLE), to be summed over channels."""
-    s = tl.load(scale).to(tl.float32)
-    return x * s[None, :], x * (tl.load(low).to(tl.float32) + s * MIDDLE)[None, :]
-
-
-@triton.jit
-def _product_t(codes, x, sum_, EXACT: tl.constexpr):
+def _product(codes, x, sum_, EXACT: tl.constexpr):
     """`sum_` + codes @ x for x in float32 and within half precision's range."""
     number = x.to(tl.float16)
     sum_ = tl.dot(codes, number, sum_)
-    if EXACT:
-        rest = ((x - number.to(tl.float32)) * 2048).to(tl.float16)
-        sum_ += tl.dot(codes, rest) * (1 / 2048)
-    return sum_
-
-
-@triton.jit
-def _product(x, codes, sum_, EXACT: tl.constexpr):
-    """`sum_` + x @ codes for x in float32 and within half precision's range."""
-    number = x.to(tl.float16)
-    sum_ = tl.dot(number, codes, sum_)
     if EXACT:  # the remainder in units of 2^-11, so that it is no subnormal number
         rest = ((x - number.to(tl.float32)) * 2048).to(tl.float16)
-        sum_ += tl.dot(rest, codes) * (1 / 2048)
+        sum_ += tl.dot(codes, rest) * (1 / 2048)
     return sum_
 
 
@@ -167,37 +151,45 @@ def _attend(
     """One head's attention over one share of its packed tokens."""
     split, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
     b, h = bh // heads, bh % heads
-    K: tl.constexpr = 1 if BITS == 8 else 2 if BITS == 4 else 4  # planes
-    V: tl.constexpr = 1 if BITS_V == 8 else 2 if BITS_V == 4 else 4
-    WK: tl.constexpr = DIM // K
-    WV: tl.constexpr = DIM_V // V
-    r, n, jk, jv = tl.arange(0, ROWS), tl.arange(0, BLOCK), tl.arange(0, WK), tl.arange(0, WV)
+    KEY_BITS: tl.constexpr = 2 if BITS == 3 else BITS
+    VALUE_BITS: tl.constexpr = 2 if BITS_V == 3 else BITS_V
+    K: tl.constexpr = 16 // KEY_BITS  # planes
+    V: tl.constexpr = 16 // VALUE_BITS
+    WORDS: tl.constexpr = DIM // K
+    WORDS_V: tl.constexpr = DIM_V // V
+    WIDE: tl.constexpr = max(WORDS, 16)
+    WIDE_V: tl.constexpr = max(WORDS_V, 16)
+    BYTES: tl.constexpr = DIM * BITS // 8
+    BYTES_V: tl.constexpr = DIM_V * BITS_V // 8
+    r, n, uk, uv = tl.arange(0, ROWS), tl.arange(0, BLOCK), tl.arange(0, WIDE), tl.arange(0, WIDE_V)
     live = r < rows
-    q_at = query + (bh * rows + r[:, None]) * DIM + jk[None, :]
-    q0 = tl.load(q_at, live[:, None], 0.0)
-    q1, q2, q3 = q0, q0, q0
-    size, sum_q = tl.max(tl.abs(q0), 1), tl.sum(q0, 1)
-    if K >= 2:
-        q1 = tl.load(q_at + WK, live[:, None], 0.0)
-        size, sum_q = tl.maximum(size, tl.max(tl.abs(q1), 1)), sum_q + tl.sum(q1, 1)
-    if K == 4:
-        q2 = tl.load(q_at + 2 * WK, live[:, None], 0.0)
-        q3 = tl.load(q_at + 3 * WK, live[:, None], 0.0)
-        size = tl.maximum(size, tl.maximum(tl.max(tl.abs(q2), 1), tl.max(tl.abs(q3), 1)))
-        sum_q += tl.sum(q2, 1) + tl.sum(q3, 1)
-    size = tl.maximum(tl.max(size, 0), 1e-30)  # one for all rows: it goes into the tokens' scales
-    h0, h1, h2, h3 = q0 / size, q1 / size, q2 / size, q3 / size
-    MIDDLE: tl.constexpr = 2 ** (BITS - 1)
-    MIDDLE_V: tl.constexpr = 2 ** (BITS_V - 1)
+    q_at = query + (bh * rows + r[None, :]) * DIM + 2 * uk[:, None]
+    q_there = live[None, :] & (uk < WORDS)[:, None]
+    size = tl.full((ROWS,), 1e-30, tl.float32)
+    sum_q = tl.zeros((ROWS,), tl.float32)
+    qs = ()
+    for i in tl.static_range(K):
+        q = tl.load(q_at + (i // 2 * 2 * WORDS + i % 2), q_there, 0.0)
+        size = tl.maximum(size, tl.max(tl.abs(q), 0))
+        sum_q += tl.sum(q, 0)
+        qs = qs + (q,)
+    size = tl.max(size, 0)  # one for all rows: it goes into the tokens' scales
+    hs = ()
+    xs = ()
+    for i in tl.static_range(K):
+        x = qs[i] / size
+        hs = hs + (x,)
+        xs = xs + (x * (1.0 / 2 ** (i // 2 * KEY_BITS)),)
 
     first = 0
     if BEGIN:
         first = tl.load(begin + b)
     m = tl.full((ROWS,), FLOOR_, tl.float32)
-    total_ = tl.zeros((ROWS,), tl.float32)
-    a0 = tl.zeros((ROWS, WV), tl.float32)
-    a1, a2, a3 = a0, a0, a0
-    low_sum = tl.zeros((ROWS,), tl.float32)
+    totals = tl.zeros((8, ROWS), tl.float32)
+    lows = tl.zeros((8, ROWS), tl.float32)
+    accs = ()
+    for i in tl.static_range(V):
+        accs = accs + (tl.zeros((WIDE_V, ROWS), tl.float32),)
     unit = 1e-30
     k_codes += b * kb + h * kh
     v_codes += b * vb + h * vh
@@ -209,83 +201,61 @@ def _attend(
     for start in range(split * share, end, BLOCK):
         t = start + n
         there = t < end
-        v_s = tl.load(v_scale + t.to(tl.int64) * vst, there, 0.0).to(tl.float32)
-        v_l = tl.load(v_low + t.to(tl.int64) * vst, there, 0.0).to(tl.float32)
-        if TOKEN_GROUP == 0:
-            scale = tl.load(k_scale + t.to(tl.int64) * kst, there, 0.0).to(tl.float32)
-            low = tl.load(k_low + t.to(tl.int64) * kst, there, 0.0).to(tl.float32)
-        k_at = k_codes + t[:, None].to(tl.int64) * kt + jk[None, :]
-        k_bytes = tl.load(k_at, there[:, None], 0)
-        k_high = k_bytes
-        if BITS == 3:
-            k_high = tl.load(k_codes + t[:, None].to(tl.int64) * kt + WK + (jk % (WK // 2))[None, :], there[:, None], 0)
-        v_at = v_codes + t[:, None].to(tl.int64) * vt + jv[None, :]
-        v_bytes = tl.load(v_at, there[:, None], 0)
-        v_high = v_bytes
-        if BITS_V == 3:
-            v_high = tl.load(v_codes + t[:, None].to(tl.int64) * vt + WV + (jv % (WV // 2))[None, :], there[:, None], 0)
-        x0, x1, x2, x3 = h0, h1, h2, h3
+        v_s = tl.load(v_scale + t, there, 0.0).to(tl.float32)
+        v_l = tl.load(v_low + t, there, 0.0).to(tl.float32)
+        k_words, k_high = _words(k_codes + start.to(tl.int64) * BYTES, n * (BYTES // 2), there, WORDS, WIDE, BITS)
+        v_words, v_high = _words(v_codes + start.to(tl.int64) * BYTES_V, n * (BYTES_V // 2), there, WORDS_V, WIDE_V, BITS_V)
+        st = tl.zeros((BLOCK, ROWS), tl.float32)
         if TOKEN_GROUP > 0:
             # scales per channel: into the query, once for this block, which lies within one group
             g = (start // TOKEN_GROUP) * kst
-            x0, shifts = _turned(h0, k_scale + g + jk, k_low + g + jk, MIDDLE)
-            if K >= 2:
-                x1, more = _turned(h1, k_scale + g + WK + jk, k_low + g + WK + jk, MIDDLE)
-                shifts += more
-            if K == 4:
-                x2, more2 = _turned(h2, k_scale + g + 2 * WK + jk, k_low + g + 2 * WK + jk, MIDDLE)
-                x3, more3 = _turned(h3, k_scale + g + 3 * WK + jk, k_low + g + 3 * WK + jk, MIDDLE)
-                shifts += more2 + more3
-            shift = tl.sum(shifts, 1) * size
-        st = tl.zeros((BLOCK, ROWS), tl.float32)
-        st = _product_t(_plane(k_bytes, k_high, 0, BITS, WK, ASM), tl.trans(x0), st, EXACT)
-        if K >= 2:
-            st = _product_t(_plane(k_bytes, k_high, 1, BITS, WK, ASM), tl.trans(x1), st, EXACT)
-        if K == 4:
-            st = _product_t(_plane(k_bytes, k_high, 2, BITS, WK, ASM), tl.trans(x2), st, EXACT)
-            st = _product_t(_plane(k_bytes, k_high, 3, BITS, WK, ASM), tl.trans(x3), st, EXACT)
-        s = tl.trans(st)
-        if TOKEN_GROUP > 0:
-            s = s * size + shift[:, None]
+            shift = tl.zeros((BLOCK, ROWS), tl.float32)
+            for i in tl.static_range(K):
+                at = g + (i // 2 * 2 * WORDS + i % 2) + 2 * uk
+                scale = tl.load(k_scale + at, uk < WORDS, 0.0)
+                low = tl.load(k_low + at, uk < WORDS, 0.0)
+                st = _product(_codes(k_words, k_high, i, BITS, ASM), xs[i] * scale.to(tl.float32)[:, None], st, EXACT)
+                shift = _product(tl.broadcast_to(low[None, :], (BLOCK, WIDE)), hs[i], shift, EXACT)
+            s = st * (size * 16777216) + shift * size
         else:
-            s = s * (size * scale)[None, :] + sum_q[:, None] * (low + scale * MIDDLE)[None, :]
+            scale = tl.load(k_scale + t, there, 0.0).to(tl.float32)
+            low = tl.load(k_low + t, there, 0.0).to(tl.float32)
+            for i in tl.static_range(K):
+                st = _product(_codes(k_words, k_high, i, BITS, ASM), xs[i], st, EXACT)
+            s = st * (size * 16777216 * scale)[:, None] + sum_q[None, :] * low[:, None]
         if CAP:
             s = cap * (2 / (1 + tl.exp(-2 * s / cap)) - 1)
         visible = there & (t >= first)
-        s += tl.where(visible, 0.0, float("-inf"))[None, :]
+        s = s * LOG2E + tl.where(visible, 0.0, float("-inf"))[:, None]
         if MASK > 0:
-            m_at = mask + b * mb + h * mh + r[:, None].to(tl.int64) * mr + t[None, :].to(tl.int64) * mt
-            inside = live[:, None] & visible[None, :]
+            m_at = mask + b * mb + h * mh + r[None, :].to(tl.int64) * mr + t[:, None].to(tl.int64) * mt
+            inside = live[None, :] & visible[:, None]
             if MASK == 1:
                 s = tl.where(inside & (tl.load(m_at, inside, 0) != 0), s, float("-inf"))
             else:
-                s = tl.where(inside, s + tl.load(m_at, inside, 0.0).to(tl.float32), float("-inf"))
-        m_ = tl.maximum(m, tl.max(s, 1))
-        p, faded = tl.exp2((s - m_[:, None]) * LOG2E), tl.exp2((m - m_) * LOG2E)
+                s = tl.where(inside, s + tl.load(m_at, inside, 0.0).to(tl.float32) * LOG2E, float("-inf"))
+        m_ = tl.maximum(m, tl.max(s, 0))
+        p, faded = tl.exp2(s - m_[None, :]), tl.exp2(m - m_)
         m = m_
-        total_ = total_ * faded + tl.sum(p, 1)
-        low_sum = low_sum * faded + tl.sum(p * (v_l + v_s * MIDDLE_V)[None, :], 1)
+        totals = totals * faded[None, :] + tl.sum(tl.reshape(p, (BLOCK // 8, 8, ROWS)), 0)
+        lows = lows * faded[None, :] + tl.sum(tl.reshape(p * v_l[:, None], (BLOCK // 8, 8, ROWS)), 0)
         # `unit` is the scale that the sums so far are in; weights stay within half precision's range
         unit_ = tl.maximum(unit, tl.max(v_s, 0))
-        w = p * (v_s / unit_)[None, :]
-        f = (faded * (unit / unit_))[:, None]
+        w = p * (v_s / unit_)[:, None]
+        f = (faded * (unit / unit_))[None, :]
         unit = unit_
-        a0 = _product(w, _plane(v_bytes, v_high, 0, BITS_V, WV, ASM), a0 * f, EXACT)
-        if V >= 2:
-            a1 = _product(w, _plane(v_bytes, v_high, 1, BITS_V, WV, ASM), a1 * f, EXACT)
-        if V == 4:
-            a2 = _product(w, _plane(v_bytes, v_high, 2, BITS_V, WV, ASM), a2 * f, EXACT)
-            a3 = _product(w, _plane(v_bytes, v_high, 3, BITS_V, WV, ASM), a3 * f, EXACT)
+        new = ()
+        for i in tl.static_range(V):
+            new = new + (_product(tl.trans(_codes(v_words, v_high, i, BITS_V, ASM)), w, accs[i] * f, EXACT),)
+        accs = new
     row = (bh * tl.num_programs(0) + split) * rows + r
-    at = acc + row[:, None] * DIM_V + jv[None, :]
-    tl.store(at, a0 * unit + low_sum[:, None], live[:, None])
-    if V >= 2:
-        tl.store(at + WV, a1 * unit + low_sum[:, None], live[:, None])
-    if V == 4:
-        tl.store(at + 2 * WV, a2 * unit + low_sum[:, None], live[:, None])
-        tl.store(at + 3 * WV, a3 * unit + low_sum[:, None], live[:, None])
-    tl.store(peak + row, m, live)
-    tl.store(total + row, total_, live)
+    at = acc + row[None, :] * DIM_V + 2 * uv[:, None]
+    low_sum = tl.sum(lows, 0)[None, :]
+    for i in tl.static_range(V):
+        out = accs[i] * (unit * (16777216 / 2 ** (i // 2 * VALUE_BITS))) + low_sum
+        tl.store(at + (i // 2 * 2 * WORDS_V + i % 2), out, live[None, :] & (uv < WORDS_V)[:, None])
+    tl.store(peak + row, m * (1 / LOG2E), live)
+    tl.store(total + row, tl.sum(totals, 0), live)
 
 
 @triton.jit
