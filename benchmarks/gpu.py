@@ -35,6 +35,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, PreTra
 
 from intactkv import IntactKV, PackedCache, Packing, attach, read_packed
 from intactkv.kv import fingerprint
+from intactkv.packed import cache as cache_module
 from intactkv.packed import kernel
 from intactkv.packed.attention import Partial
 from intactkv.packed.reads import forward
@@ -78,7 +79,7 @@ def main() -> None:
     """Run the parts asked for, write all figures, and print a short table last."""
     options = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     options.add_argument("--out", type=Path, default=Path("gpu"), help="the folder for gpu.json")
-    options.add_argument("--only", choices=("attach", "packed", "stock"), help="one part")
+    options.add_argument("--only", choices=("attach", "packed", "stock", "decode"), help="one part")
     options.add_argument("--tune", action="store_true", help="try the kernel's sizes first")
     asked, size = options.parse_args(), FULL if CUDA else TOY
     asked.out.mkdir(parents=True, exist_ok=True)
@@ -86,6 +87,7 @@ def main() -> None:
     parts: dict[str, Callable[[], Any]] = {
         "packed": lambda: packed_figures(size, asked.tune),
         "stock": lambda: stock_figures(size),
+        "decode": lambda: decode_figures(size),
         "attach": lambda: attach_figures(size),
     }
     for name, part in parts.items():
@@ -174,6 +176,153 @@ def check_model() -> float:
     if not error < 1e-4:
         raise SystemExit(f"a model that reads packed tokens is off by {error:.1e}: nothing is timed")
     return error
+
+
+def check_steps() -> dict[str, float]:
+    """The largest difference, over the largest logit, that each way of decoding makes against PyTorch's own."""
+    packings = {
+        "4 bits per token, kept": Packing(bits=4, keep=2),
+        "2 bits, keys per channel, kept": Packing(bits=2, keys="per_channel", residual=32, keep=2),
+        "3 bits, rounded": Packing(bits=3, residual=5, own="rounded"),
+    }
+    found = {}
+    for (name, packing), pad in itertools.product(packings.items(), (0, 7)):
+        want = steps_by(packing, pad, ring=False)
+        ways: dict[str, dict[str, bool]] = {"ring": {}, "offloaded": {"offloading": True}, "graph": {"graphs": True}}
+        for way, how in ways.items() if CUDA else ():
+            if way == "offloaded" and pad:
+                continue
+            error = float((steps_by(packing, pad, **how) - want).abs().max() / want.abs().max())
+            found[f"{name}, {pad} padded, {way}"] = error
+            if not error < 1e-4:
+                raise SystemExit(f"decoding ({name}, {pad} padded, {way}) is off by {error:.1e}: nothing is timed")
+    return found
+
+
+def steps_by(
+    packing: Packing, pad: int, *, ring: bool = True, graphs: bool = False, offloading: bool = False
+) -> Tensor:
+    """Logits of a prompt of 150 tokens and 80 steps of a small model in float32, its second row padded."""
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=97, hidden_size=256, intermediate_size=64, num_hidden_layers=2,
+                         num_attention_heads=4, num_key_value_heads=2)  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config).to(DEVICE).eval()
+    ids = torch.randint(0, 97, (2, 230), device=DEVICE)
+    mask = torch.ones_like(ids)
+    mask[1, :pad] = 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    cache, logits = PackedCache(config, packing, offloading=offloading), []
+    before = cache_module.on_gpu
+    cache_module.on_gpu = before if ring else lambda x: False
+    try:
+        with read_packed(model, graphs=graphs):
+            for begin, end in ((0, 150), *((t, t + 1) for t in range(150, 230))):
+                out = model(ids[:, begin:end], attention_mask=mask[:, :end], position_ids=positions[:, begin:end],
+                            past_key_values=cache)  # fmt: skip
+                logits.append(out.logits[:, -1])
+    finally:
+        cache_module.on_gpu = before
+    return torch.stack(logits, 1)
+
+
+def decode_figures(size: Size) -> dict[str, Any]:
+    """Decoding of a whole model of eight layers, the caches filled with random numbers: what a user sees."""
+    errors = check_steps()
+    print("steps in a ring, from a CUDA graph and offloaded against PyTorch's", errors, flush=True)
+    torch.manual_seed(0)
+    few = {"num_hidden_layers": 8 if CUDA else 2, "vocab_size": 32000 if CUDA else 64}
+    config = LlamaConfig(**{**size.model, **few}, max_position_embeddings=131072)
+    if not CUDA:
+        config.head_dim = size.head_dim
+    with DEVICE:
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    pairs = itertools.product(size.contexts[:2], size.contexts_batches)
+    rows = [row for context, batch in pairs for row in whole_rows(model, size, batch, context)]
+    return {"errors": errors, "rows": rows}
+
+
+def whole_rows(model: PreTrainedModel, size: Size, batch: int, context: int) -> list[dict[str, Any]]:
+    """Tokens a second by each cache, and what a step allocates."""
+    config = model.config
+    reading = copied(model)
+    kinds: dict[str, tuple[PreTrainedModel, Any]] = {
+        "DynamicCache, bf16": (model, DynamicCache(config=config)),
+        "packed, 4 bits": (reading, PackedCache(config, Packing(bits=4))),
+        "packed, 4 bits, 32 newest in full": (reading, PackedCache(config, Packing(bits=4, residual=32))),
+    }
+    if CUDA:
+        kinds["packed, 4 bits, CUDA graph"] = (copied(model), PackedCache(config, Packing(bits=4)))
+        kinds["packed, 2 bits, CUDA graph"] = (copied(model), PackedCache(config, Packing(bits=2)))
+    for backend, module, axis in (("quanto", "optimum", 0), ("hqq", "hqq", 1)):
+        if find_spec(module):
+            kinds[backend] = (model, QuantizedCache(backend, config, nbits=4, axis_key=axis, axis_value=axis))
+    shape = (batch, config.num_key_value_heads, context, config.head_dim)
+    for _, cache in kinds.values():
+        for layer in range(config.num_hidden_layers):
+            cache.update(*(torch.randn(shape, device=DEVICE, dtype=torch.bfloat16) for _ in range(2)), layer)
+    with contextlib.ExitStack() as reads:
+        for name, (which, _) in kinds.items():
+            if name.startswith("packed") and not which.config._attn_implementation.startswith("intactkv"):
+                reads.enter_context(read_packed(which, graphs="graph" in name))
+        ways = {name: decoding(*kind, batch, size.eager_steps // 2) for name, kind in kinds.items()}
+        if CUDA:
+            ways["StaticCache, bf16, CUDA graph"] = static_decode(model, batch, context, size.eager_steps // 2)
+        extra = {name: allocated(way) for name, way in ways.items()}
+        seconds = turns(ways, ROUNDS)
+    rows = []
+    for name, times in seconds.items():
+        ratio = median(t / p for t, p in zip(times, seconds["packed, 4 bits"], strict=True))
+        graph = median(t / p for t, p in zip(times, seconds.get("packed, 4 bits, CUDA graph", times), strict=True))
+        rows.append({"way": name, "batch": batch, "context": context, "tokens_per_s": f"{batch / median(times):.0f}",
+                     "ms": f"{1e3 * median(times):.2f}", "time_over_packed": f"{ratio:.2f}",
+                     "time_over_graph": f"{graph:.2f}", "extra_MiB": f"{extra[name]:.1f}"})  # fmt: skip
+        print(rows[-1], flush=True)
+    return rows
+
+
+def copied(model: PreTrainedModel) -> PreTrainedModel:
+    """The same parameters in another model."""
+    return copy.deepcopy(model, {id(p): p for p in model.parameters()})
+
+
+def decoding(model: PreTrainedModel, cache: Any, batch: int, steps: int) -> Callable[[], float]:
+    """Seconds of one step with a cache that goes on from round to round."""
+    token = torch.zeros(batch, 1, dtype=torch.int64, device=DEVICE)
+
+    def run() -> float:
+        def decode() -> None:
+            for _ in range(steps):
+                model(token, past_key_values=cache)
+
+        return clocked(decode) / steps
+
+    return run
+
+
+def static_decode(model: PreTrainedModel, batch: int, context: int, steps: int) -> Callable[[], float]:
+    """Seconds of one step with a static cache of bfloat16, replayed as a CUDA graph."""
+    capacity = context + 64
+    cache = StaticCache(config=model.config, max_cache_len=capacity)
+    token = torch.zeros(batch, 1, dtype=torch.int64, device=DEVICE)
+    position, columns = torch.tensor([[context]], device=DEVICE), torch.arange(capacity, device=DEVICE)
+
+    def step() -> None:
+        seen = (columns <= position)[None, None].expand(batch, 1, 1, capacity)
+        model(token, attention_mask=seen, position_ids=position.expand(batch, 1), past_key_values=cache)
+
+    replay = captured(step)
+    return lambda: clocked(lambda: [replay() for _ in range(steps)]) / steps
+
+
+def allocated(way: Callable[[], Any]) -> float:
+    """MiB that a few steps allocate at their peak beyond what was there, growth of the cache included."""
+    way()
+    if not CUDA:
+        return 0.0
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    way()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
 def fresh(batch: int, tokens: int, dim: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -354,7 +503,7 @@ def attach_figures(size: Size) -> dict[str, Any]:
         plain = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
     print(f"{plain.num_parameters() / 1e9:.2f} B parameters", flush=True)
     prefix = torch.cat([torch.tensor([0]), torch.randint(2, config.vocab_size, (PREFIX - 1,))])
-    attached = copy.deepcopy(plain, {id(p): p for p in plain.parameters()})
+    attached = copied(plain)
     attach(attached, intact(plain, prefix))
     models = {"plain": plain, "attached": attached}
     rows, syncs = [], {}
@@ -433,6 +582,17 @@ def graph_decode(model: PreTrainedModel, ids: Tensor, steps: int) -> Callable[[]
         token.copy_(model(ids, past_key_values=cache, logits_to_keep=1).logits.argmax(-1))
 
     begin()
+    replay = captured(step)
+
+    def run() -> float:
+        begin()
+        return clocked(lambda: [replay() for _ in range(steps)]) / steps
+
+    return run
+
+
+def captured(step: Callable[[], Any]) -> Callable[[], None]:
+    """Replays `step` from a CUDA graph."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -442,12 +602,7 @@ def graph_decode(model: PreTrainedModel, ids: Tensor, steps: int) -> Callable[[]
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()
-
-    def run() -> float:
-        begin()
-        return clocked(lambda: [graph.replay() for _ in range(steps)]) / steps
-
-    return run
+    return graph.replay
 
 
 def host_syncs(model: PreTrainedModel, ids: Tensor) -> dict[str, int]:

@@ -31,7 +31,7 @@ def test_kernel_equals_pytorch(bits: int, token_group: int, exact: bool) -> None
     key, value = (torch.randn(BATCH, HEAD, tokens, DIM) for _ in range(2))
     query = torch.randn(BATCH, HEAD, 3, DIM) * 0.4
     k, v = packed(key, bits, token_group), packed(value, bits)
-    assert fits(query, k, v)
+    assert fits(k, v, 3)
     for settings in settings_of(tokens):
         want = packed_attention(query, k, v, **settings)
         got = packed_attention_gpu(query, k, v, exact=exact, **settings)

@@ -33,6 +33,9 @@ from intactkv.kv import IntactKVError
 
 BITS = (2, 3, 4, 8)
 SCALE_DTYPE = torch.float16
+# half a unit in the last place, and a little for the arithmetic, so that rounding cannot go the wrong way
+SLACK, WIDER = torch.finfo(SCALE_DTYPE).eps * 0.51, 1 + torch.finfo(SCALE_DTYPE).eps
+SMALLEST = torch.finfo(SCALE_DTYPE).tiny * torch.finfo(SCALE_DTYPE).eps
 
 
 def packed_bytes(dim: int, bits: int) -> int:
@@ -111,11 +114,9 @@ def quantize_channels(
 def _rounded(x: Tensor, low: Tensor, high: Tensor, *, axis: int, bits: int) -> tuple[Tensor, Tensor, Tensor]:
     exact = torch.promote_types(x.dtype, torch.float32)
     x, low, high = x.to(exact), low.to(exact), high.to(exact)
-    levels, stored = 2**bits - 1, torch.finfo(SCALE_DTYPE)
-    # half a unit in the last place, and a little for the arithmetic here, so that rounding cannot go the wrong way
-    slack, smallest = stored.eps * 0.51, stored.tiny * stored.eps
-    low_ = (low - low.abs() * slack - smallest).to(SCALE_DTYPE)
-    scale_ = ((high - low_.to(exact)) / levels * (1 + stored.eps) + smallest).to(SCALE_DTYPE)
+    levels = 2**bits - 1
+    low_ = (low - low.abs() * SLACK - SMALLEST).to(SCALE_DTYPE)
+    scale_ = ((high - low_.to(exact)) * (WIDER / levels) + SMALLEST).to(SCALE_DTYPE)  # `step.py` does the same
     steps = (x - low_.to(exact).unsqueeze(axis)) / scale_.to(exact).unsqueeze(axis)
     return steps.round().clamp(0, levels).to(torch.uint8), scale_, low_
 

@@ -23,6 +23,7 @@ from intactkv.locate import Sites
 from intactkv.packed.bits import BITS, hadamard
 from intactkv.packed.lazy import LazyStates, Stored
 from intactkv.packed.rows import Rows
+from intactkv.packed.steady import Steady, on_gpu, rows_of, serves
 from intactkv.packed.store import Run, Store
 
 TOGETHER = 32  # tokens whose keys and values are rounded in one go
@@ -79,6 +80,7 @@ class PackedLayer(CacheLayerMixin):
         self.stores: list[Store] = []  # of keys and of values
         self.tail: list[Tensor] = []  # (batch, head, token, dim) each
         self.kept: list[Tensor] = []  # (batch, head, kept, dim) each
+        self.steady: Steady | None = None  # while it is there, it has `runs` and `tail`
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Make empty buffers for these heads, widths, types and devices."""
@@ -95,6 +97,9 @@ class PackedLayer(CacheLayerMixin):
         """Store this call's keys and values and return all of them, dense or lazily so."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        if key_states.shape[2] == 1 and self.hold_steady() is not None:
+            return self._step(key_states, value_states)
+        self._settle()
         states, past = (key_states, value_states), self.length
         self._keep(states, past)
         before = self.runs.copy(), self.length - self.tail[0].shape[2]
@@ -111,6 +116,43 @@ class PackedLayer(CacheLayerMixin):
                 return self.tail[0], self.tail[1]
             stored = self._stored(self.runs, self.length - self.tail[0].shape[2], self.tail)
         return LazyStates(stored, 0), LazyStates(stored, 1)
+
+    def hold_steady(self) -> Steady | None:
+        """Put the newest tokens into a ring, for decoding step by step, where kernels serve that: on a GPU."""
+        if self.steady is not None or not self.is_initialized or not on_gpu(self.tail[0]):
+            return self.steady
+        rows, packed = self.rows, self.length - self.tail[0].shape[2]
+        whole = self.runs == ([Run(0, 0, packed)] if packed else []) and all(s.used == packed for s in self.stores)
+        if not (whole and self.length >= rows.until and serves(self.packing, self.stores, rows, self.dtype)):
+            return None
+        self.steady = Steady(self.packing, self.stores, self.tail, self.kept, rows_of(rows, self.device))
+        return self.steady
+
+    def _step(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        """`update` by one token of a layer that is held steady."""
+        steady = self.steady
+        if steady is None:
+            raise RuntimeError("the layer is not held steady")
+        standing = steady.store(key_states, value_states)
+        if steady.clock is None:
+            self.advance()
+        return LazyStates(standing, 0), LazyStates(standing, 1)
+
+    def advance(self) -> None:
+        """A layer that is held steady has stored a token more."""
+        if self.steady is not None:
+            self.steady.advance()
+            self.length = self.steady.stored
+
+    def _settle(self) -> None:
+        """Take the newest tokens out of the ring again."""
+        steady = self.steady
+        if steady is None:
+            return
+        self.tail, self.runs = steady.tail(), [Run(0, 0, steady.packed)] if steady.packed else []
+        for store in self.stores:
+            store.used = steady.packed
+        self.steady = None
 
     def _keep(self, states: tuple[Tensor, Tensor], past: int) -> None:
         """Copy those of a call's tokens that are their row's first ones to `kept`."""
@@ -210,6 +252,7 @@ class PackedLayer(CacheLayerMixin):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the newest tokens: all but the first n for n > 0, the last -n for n < 0, as transformers has it."""
+        self._settle()
         length = min(tokens_to_remove, self.length) if tokens_to_remove > 0 else max(0, self.length + tokens_to_remove)
         tail_column = self.length - (self.tail[0].shape[2] if self.tail else 0)
         self.tail = [x[:, :, : max(0, length - tail_column)] for x in self.tail]
@@ -229,7 +272,7 @@ class PackedLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget all tokens and give the memory back."""
-        self.length, self.runs, self.stores, self.tail, self.kept = 0, [], [], [], []
+        self.length, self.runs, self.stores, self.tail, self.kept, self.steady = 0, [], [], [], [], None
         self.is_initialized = False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -255,6 +298,7 @@ class PackedLayer(CacheLayerMixin):
 
     def map(self, change: Callable[[Tensor], Tensor]) -> None:
         """Replace every buffer by `change(buffer)`."""
+        self._settle()
         for store in self.stores:
             store.map(change)
         self.tail, self.kept = [change(x) for x in self.tail], [change(x) for x in self.kept]
@@ -262,7 +306,8 @@ class PackedLayer(CacheLayerMixin):
     @property
     def nbytes(self) -> int:
         """Bytes of all buffers, idle capacity included."""
-        full = sum(x.numel() * x.element_size() for x in (*self.tail, *self.kept))
+        newest = self.tail if self.steady is None else self.steady.ring
+        full = sum(x.numel() * x.element_size() for x in (*newest, *self.kept))
         return full + sum(store.nbytes for store in self.stores)
 
 

@@ -1,11 +1,17 @@
 """Attention over packed tokens on a GPU: one Triton kernel reads the bytes as they lie, a second merges its splits.
 
-Each program takes one key head of one row and a share of its tokens. A block's bytes are loaded once; every plane of
-codes is multiplied with the matching slice of the query, so that nothing is interleaved, and scales stay out of the
-products: q·(code * scale + low) = scale * (q·code) + low * Σq for scales per token; for scales per channel they go into
-q once for each group of tokens. Products are of half-precision numbers with float32 sums. Codes are counted from the
-middle of their range, which is exact. Queries and weights are brought to the largest one of their program or block
-first, to stay within half precision's range; `exact` gives them in two parts, number and remainder.
+Each program takes one key head of one row and a share of its tokens. A block's bytes are loaded once, as words of two
+bytes; each plane of codes is multiplied with the query's numbers of the same places, so that nothing is interleaved.
+Codes are not made into numbers at all: masked where they lie, their bits are subnormal half-precision numbers, code *
+2^(place - 24), and the powers of two go into the query and the answer. Scales stay out of the products as well:
+q·(code * scale + low) = scale * (q·code) + low * Σq for scales per token; scales per channel go into q once for each
+group of tokens. Products are of half-precision numbers with float32 sums, transposed, so that a key head's few queries
+are the short side of the product, which may be 8, and not the long one, which is 16 at least. Queries and weights are
+brought to the largest one of their program or block first, to stay within half precision's range; `exact` gives them
+in two parts, number and remainder.
+
+NVIDIA's matrix products take subnormal numbers as they are. Some of AMD's (MI200) take them for zero, so under ROCm
+codes become normal numbers first (`UNIT`), for one conversion each. That way is tested in the interpreter only.
 
 What this gives up: shared scales within a head's numbers (`group_size` below the head's width) and token groups that
 are no multiple of 16, for which `fits` says no and PyTorch does the work.
@@ -23,17 +29,18 @@ from intactkv.packed.attention import FLOOR, Partial
 from intactkv.packed.store import Packed
 
 ROWS = 8  # the least that a matrix product takes
+UNIT = 2**24 if torch.version.hip is None else 1  # codes times this: as subnormal bits, or as normal numbers
 BLOCK = 64  # tokens
 WARPS, STAGES = 1, 3
 WAVES = 8  # programs for each multiprocessor, so that loads of one hide behind the work of others
 
 
-def fits(query: Tensor, key: Packed, value: Packed) -> bool:
+def fits(key: Packed, value: Packed, rows: int) -> bool:
     """Whether the kernel serves these shapes: one scale a token or groups of 16 and more, heads of a power of two."""
     widths = all(x.dim >= 64 and x.dim & (x.dim - 1) == 0 for x in (key, value))
     groups = value.scale.shape[3] == 1 and not value.token_group
     groups &= key.token_group % 16 == 0 if key.token_group else key.scale.shape[3] == 1
-    return widths and groups and query.shape[2] <= 64
+    return widths and groups and rows <= 64
 
 
 def packed_attention_gpu(
@@ -47,30 +54,52 @@ def packed_attention_gpu(
     exact: bool = True,
 ) -> Partial:
     """`packed_attention` in two kernels; `exact` to float32, else to the half precision of the products."""
+    batch, head, rows, _ = query.shape
+    shares = attend_shares(query, key, value, len(key), begin=begin, mask=mask, softcap=softcap, exact=exact)
+    out = Partial(*(query.new_empty((batch, head, rows, n), dtype=torch.float32) for n in (value.dim, 1, 1)))
+    splits = shares.acc.shape[2]
+    _merge[(rows, batch * head)](
+        *shares, *out, rows, splits, DIM=value.dim, SPLITS=triton.next_power_of_2(splits), num_warps=4
+    )
+    return out
+
+
+def attend_shares(
+    query: Float[Tensor, "batch kv_head row dim"],
+    key: Packed,
+    value: Packed,
+    tokens: int,
+    *,
+    begin: Tensor | None = None,
+    mask: Tensor | None = None,
+    softcap: float | None = None,
+    exact: bool = True,
+    scaling: float = 1.0,
+    clock: Int[Tensor, "3"] | None = None,
+) -> Partial:
+    """Attention over the first `tokens` packed tokens in shares, `(batch, kv_head, share, row, …)`, not yet merged.
+
+    `begin` is `(batch,)`, a row's first visible token, or `(batch, 3)`, the rows of `step.py`. With a `clock`, how many
+    tokens are read is what stands in it when the kernel runs, and the shares are made for `tokens` at most.
+    """
     batch, head, rows, dim = query.shape
-    tokens, block = len(key), _block(key)
+    block = _block(key)
     splits, share = _splits(batch * head, tokens, block, query.device)
     acc = query.new_empty((batch, head, splits, rows, value.dim), dtype=torch.float32)
     peak, total = (query.new_empty((batch, head, splits, rows), dtype=torch.float32) for _ in range(2))
     seen = None if mask is None else mask.expand(batch, head, rows, tokens)
-    query = query.to(torch.float32).contiguous()
     _attend[(splits, batch * head)](
-        query, key.codes, key.scale, key.low, value.codes, value.scale, value.low, begin, seen, acc, peak, total,
-        head, rows, tokens, share, softcap or 0.0,
-        *key.codes.stride()[:3], *key.scale.stride()[:3],
-        *value.codes.stride()[:3], *value.scale.stride()[:3],
-        *((0,) * 4 if seen is None else seen.stride()),
+        query.contiguous(), key.codes, key.scale, key.low, value.codes, value.scale, value.low, begin, seen,
+        acc, peak, total, head, rows, tokens, share, softcap or 0.0,
+        *key.codes.stride()[:2], *key.scale.stride()[:2], *value.codes.stride()[:2], *value.scale.stride()[:2],
+        *((0,) * 4 if seen is None else seen.stride()), scaling, clock,
         DIM=dim, DIM_V=value.dim, BITS=key.bits, BITS_V=value.bits, TOKEN_GROUP=key.token_group, BLOCK=block,
-        ROWS=max(ROWS, triton.next_power_of_2(rows)), BEGIN=begin is not None,
+        ROWS=max(ROWS, triton.next_power_of_2(rows)), BEGIN=0 if begin is None else begin.ndim,
         MASK=0 if seen is None else 1 if seen.dtype == torch.bool else 2, CAP=softcap is not None,
-        EXACT=exact, ASM=query.is_cuda and torch.version.cuda is not None,
+        EXACT=exact, UNIT=UNIT, ASM=query.is_cuda and torch.version.cuda is not None, CLOCK=clock is not None,
         num_warps=WARPS, num_stages=STAGES,
     )  # fmt: skip
-    out = Partial(*(query.new_empty((batch, head, rows, n), dtype=torch.float32) for n in (value.dim, 1, 1)))
-    _merge[(rows, batch * head)](
-        acc, peak, total, *out, rows, splits, DIM=value.dim, SPLITS=triton.next_power_of_2(splits), num_warps=4
-    )
-    return out
+    return Partial(acc, peak, total)
 
 
 def _block(key: Packed) -> int:
@@ -84,48 +113,57 @@ def _block(key: Packed) -> int:
 def _splits(programs: int, tokens: int, block: int, device: torch.device) -> tuple[int, int]:
     """Into how many shares the tokens go, and the tokens of one, a multiple of `block`."""
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
-    blocks = triton.cdiv(tokens, block)
+    blocks = max(1, triton.cdiv(tokens, block))
     wanted = max(1, min(blocks, WAVES * processors // programs, 256))
     share = triton.cdiv(blocks, wanted)
     return triton.cdiv(blocks, share), share * block
 
 
 @triton.jit
-def _words(codes, at, there, WORDS: tl.constexpr, WIDE: tl.constexpr, BITS: tl.constexpr):
-    """Two bytes of codes at a time, `(token, WIDE)`, of which WORDS are there; at 3 bits those with the high bits too."""
+def _words(codes, tokens, there, WIDE: tl.constexpr, DIM: tl.constexpr, BITS: tl.constexpr):
+    """A block's codes, two bytes to a word, `(token, WIDE)`, words of zeros last where the row has fewer.
+
+    At 3 bits these are the low bits; the second and third are the words with the high bits, moved to stand above the
+    low ones in planes of even bytes and of odd bytes.
+    """
+    WORDS: tl.constexpr = DIM * (2 if BITS == 3 else BITS) // 16
     u = tl.arange(0, WIDE)
-    at = codes.to(tl.pointer_type(tl.uint16)) + at[:, None]
+    at = codes.to(tl.pointer_type(tl.uint16)) + (tokens * (DIM * BITS // 16))[:, None]
     seen = there[:, None] if WIDE == WORDS else there[:, None] & (u < WORDS)[None, :]
     words = tl.load(at + u[None, :], seen, 0)
-    high = words
+    even, odd = words, words
     if BITS == 3:
         high = tl.load(at + WORDS + (u % (WORDS // 2))[None, :], seen, 0)
-        high = high.to(tl.uint32) << (2 - u // (WORDS // 2))[None, :].to(tl.uint32)
-    return words, high
+        half = (u // (WORDS // 2)).to(tl.uint16)[None, :]
+        even, odd = high << (2 - half), high >> (6 + half)
+    return words, even, odd
 
 
 @triton.jit
-def _codes(words, high, I: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr):
-    """Plane I's codes times 2^(BITS * (I // 2) - 24): bits masked where they lie are subnormal numbers.
+def _codes(words, even, odd, PLANE: tl.constexpr, BITS: tl.constexpr, UNIT: tl.constexpr, ASM: tl.constexpr):
+    """One plane's codes, in half precision, times 2^(WIDTH * (PLANE // 2)) / UNIT: bits masked where they lie.
 
-    Plane I has the codes of bytes of I's parity, see `bits.py`.
+    Planes come in pairs, of the words' lower and upper bytes: plane i of the words has `bits.py`'s plane i // 2.
     """
     WIDTH: tl.constexpr = 2 if BITS == 3 else BITS
-    SHIFT: tl.constexpr = I % 2 * 8
-    MASK: tl.constexpr = (2**WIDTH - 1) << (I // 2 * WIDTH)
-    if BITS == 3:
-        bit = (high >> SHIFT) & (1 << (I // 2 * 2 + 2))
-        return (((words >> SHIFT) & MASK) | bit.to(tl.uint16)).to(tl.float16, bitcast=True)
-    if ASM:
+    SHIFT: tl.constexpr = PLANE % 2 * 8
+    MASK: tl.constexpr = (2**WIDTH - 1) << (PLANE // 2 * WIDTH)
+    HIGH: tl.constexpr = 1 << (PLANE // 2 * 2 + 2) if BITS == 3 else 0
+    high = odd if PLANE % 2 else even
+    if ASM:  # two words at a time
         return tl.inline_asm_elementwise(
-            f"{{ .reg .b32 t; shr.u32 t, $1, {SHIFT}; and.b32 $0, t, {MASK * 0x10001}; }}",
-            "=r,r",
-            args=[words],
+            f"{{ .reg .b32 t, u; shr.u32 t, $1, {SHIFT}; and.b32 t, t, {MASK * 0x10001};"
+            f" and.b32 u, $2, {HIGH * 0x10001}; or.b32 $0, t, u; }}",
+            "=r,r,r",
+            args=[words, high],
             dtype=tl.float16,
             is_pure=True,
             pack=2,
         )
-    return ((words >> SHIFT) & MASK).to(tl.float16, bitcast=True)
+    bits = (words >> SHIFT) & MASK
+    if BITS == 3:
+        bits |= high & HIGH
+    return bits.to(tl.float16, bitcast=True) if UNIT > 1 else bits.to(tl.float16)
 
 
 @triton.jit
@@ -140,120 +178,156 @@ def _product(codes, x, sum_, EXACT: tl.constexpr):
 
 
 @triton.jit
+def visible_from(rows, b, packed):
+    """The first of row b's `packed` columns that is read packed: behind padding and behind what is kept."""
+    start, count = tl.load(rows + b * 3 + 1), tl.load(rows + b * 3 + 2)
+    kept = tl.minimum(tl.maximum(packed - start, 0), count)
+    return tl.maximum(tl.load(rows + b * 3), tl.where(kept > 0, start + kept, 0))
+
+
+@triton.jit
+def _query(query, live, scaling, DIM: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr):
+    """The query's numbers for each plane over the largest of all, `(word, row)`, the largest, and each row's sum."""
+    WORDS: tl.constexpr = DIM * WIDTH // 16
+    r, u = tl.arange(0, live.shape[0]), tl.arange(0, WIDE)
+    at, there = query + r[None, :] * DIM + 2 * u[:, None], live[None, :] & (u < WORDS)[:, None]
+    size, total = tl.full(live.shape, 1e-30, tl.float32), tl.zeros(live.shape, tl.float32)
+    planes = ()
+    for i in tl.static_range(16 // WIDTH):
+        q = tl.load(at + (i // 2 * 2 * WORDS + i % 2), there, 0.0).to(tl.float32) * scaling
+        size, total = tl.maximum(size, tl.max(tl.abs(q), 0)), total + tl.sum(q, 0)
+        planes = planes + (q,)  # noqa: RUF005 (Triton knows no star)
+    size = tl.max(size, 0)  # one for all rows: it goes into the tokens' scales
+    out = ()
+    for i in tl.static_range(16 // WIDTH):
+        out = out + (planes[i] / size,)  # noqa: RUF005
+    return out, size, total
+
+
+@triton.jit
+def _scores(
+    xs, words, even, odd, scale, low,
+    DIM: tl.constexpr, BITS: tl.constexpr, TOKEN_GROUP: tl.constexpr, EXACT: tl.constexpr, UNIT: tl.constexpr,
+    ASM: tl.constexpr,
+):  # fmt: skip
+    """Codes times query and, for scales per channel, lows times query, `(token, row)`; `scale`, `low` are a group's."""
+    WIDTH: tl.constexpr = 2 if BITS == 3 else BITS
+    WORDS: tl.constexpr = DIM * WIDTH // 16
+    u = tl.arange(0, words.shape[1])
+    st = tl.zeros((words.shape[0], xs[0].shape[1]), tl.float32)
+    shift = st
+    for i in tl.static_range(16 // WIDTH):
+        x = xs[i] * (1 / 2 ** (i // 2 * WIDTH))
+        if TOKEN_GROUP > 0:  # into the query, once for this block, which lies within one group
+            at = (i // 2 * 2 * WORDS + i % 2) + 2 * u
+            x *= tl.load(scale + at, u < WORDS, 0.0).to(tl.float32)[:, None]
+            lows = tl.load(low + at, u < WORDS, 0.0)[None, :]
+            shift = _product(tl.broadcast_to(lows, words.shape), xs[i], shift, EXACT)
+        st = _product(_codes(words, even, odd, i, BITS, UNIT, ASM), x, st, EXACT)
+    return st, shift
+
+
+@triton.jit
+def _masked(s, mask, live, visible, mr, mt, MASK: tl.constexpr):
+    """Scores with a mask, of truth values (1) or of numbers to add (2); `mask` is at the block's first token."""
+    r, n = tl.arange(0, s.shape[1]), tl.arange(0, s.shape[0])
+    at = mask + r[None, :].to(tl.int64) * mr + n[:, None].to(tl.int64) * mt
+    inside = live[None, :] & visible[:, None]
+    if MASK == 1:
+        return tl.where(inside & (tl.load(at, inside, 0) != 0), s, float("-inf"))
+    return tl.where(inside, s + tl.load(at, inside, 0.0).to(tl.float32) * LOG2E, float("-inf"))
+
+
+@triton.jit
+def _column_sums(x):
+    """Sums over every eighth token, `(8, row)`: within a thread, in the layout of a product."""
+    return tl.sum(tl.reshape(x, (x.shape[0] // 8, 8, x.shape[1])), 0)
+
+
+@triton.jit(do_not_specialize=["tokens"])
 def _attend(
     query, k_codes, k_scale, k_low, v_codes, v_scale, v_low, begin, mask, acc, peak, total,
-    heads, rows, tokens, share, cap,
-    kb, kh, kt, ksb, ksh, kst, vb, vh, vt, vsb, vsh, vst, mb, mh, mr, mt,
+    heads, rows, tokens, share, cap, kb, kh, ksb, ksh, vb, vh, vsb, vsh, mb, mh, mr, mt, scaling, clock,
     DIM: tl.constexpr, DIM_V: tl.constexpr, BITS: tl.constexpr, BITS_V: tl.constexpr, TOKEN_GROUP: tl.constexpr,
     BLOCK: tl.constexpr, ROWS: tl.constexpr, BEGIN: tl.constexpr, MASK: tl.constexpr, CAP: tl.constexpr,
-    EXACT: tl.constexpr, ASM: tl.constexpr,
+    EXACT: tl.constexpr, UNIT: tl.constexpr, ASM: tl.constexpr, CLOCK: tl.constexpr,
 ):  # fmt: skip
     """One head's attention over one share of its packed tokens."""
+    if CLOCK:
+        tokens = tl.load(clock + 2).to(tl.int32)
+        share = tl.cdiv(tl.cdiv(tokens, BLOCK), tl.num_programs(0)) * BLOCK
     split, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
     b, h = bh // heads, bh % heads
-    KEY_BITS: tl.constexpr = 2 if BITS == 3 else BITS
-    VALUE_BITS: tl.constexpr = 2 if BITS_V == 3 else BITS_V
-    K: tl.constexpr = 16 // KEY_BITS  # planes
-    V: tl.constexpr = 16 // VALUE_BITS
-    WORDS: tl.constexpr = DIM // K
-    WORDS_V: tl.constexpr = DIM_V // V
-    WIDE: tl.constexpr = max(WORDS, 16)
+    WIDTH: tl.constexpr = 2 if BITS == 3 else BITS
+    WIDTH_V: tl.constexpr = 2 if BITS_V == 3 else BITS_V
+    WIDE: tl.constexpr = max(DIM * WIDTH // 16, 16)  # a product takes 16 at least
+    WORDS_V: tl.constexpr = DIM_V * WIDTH_V // 16
     WIDE_V: tl.constexpr = max(WORDS_V, 16)
-    BYTES: tl.constexpr = DIM * BITS // 8
-    BYTES_V: tl.constexpr = DIM_V * BITS_V // 8
-    r, n, uk, uv = tl.arange(0, ROWS), tl.arange(0, BLOCK), tl.arange(0, WIDE), tl.arange(0, WIDE_V)
+    r, n, u = tl.arange(0, ROWS), tl.arange(0, BLOCK), tl.arange(0, WIDE_V)
     live = r < rows
-    q_at = query + (bh * rows + r[None, :]) * DIM + 2 * uk[:, None]
-    q_there = live[None, :] & (uk < WORDS)[:, None]
-    size = tl.full((ROWS,), 1e-30, tl.float32)
-    sum_q = tl.zeros((ROWS,), tl.float32)
-    qs = ()
-    for i in tl.static_range(K):
-        q = tl.load(q_at + (i // 2 * 2 * WORDS + i % 2), q_there, 0.0)
-        size = tl.maximum(size, tl.max(tl.abs(q), 0))
-        sum_q += tl.sum(q, 0)
-        qs = qs + (q,)
-    size = tl.max(size, 0)  # one for all rows: it goes into the tokens' scales
-    hs = ()
-    xs = ()
-    for i in tl.static_range(K):
-        x = qs[i] / size
-        hs = hs + (x,)
-        xs = xs + (x * (1.0 / 2 ** (i // 2 * KEY_BITS)),)
-
+    xs, size, sum_q = _query(query + bh * rows * DIM, live, scaling, DIM, WIDTH, WIDE)
     first = 0
-    if BEGIN:
+    if BEGIN == 1:
         first = tl.load(begin + b)
+    if BEGIN == 2:
+        first = visible_from(begin, b, tokens)
+    base = (split * share).to(tl.int64)
+    k_codes += b * kb + h * kh + base * (DIM * BITS // 8)
+    v_codes += b * vb + h * vh + base * (DIM_V * BITS_V // 8)
+    k_scales = b * ksb + h * ksh + (base // TOKEN_GROUP * DIM if TOKEN_GROUP > 0 else base)
+    k_scale, k_low = k_scale + k_scales, k_low + k_scales
+    v_scale += b * vsb + h * vsh + base
+    v_low += b * vsb + h * vsh + base
+
+    # a softmax's state, transposed and in powers of two: peaks, sums of weights, of weighted lows, of weighted codes
     m = tl.full((ROWS,), FLOOR_, tl.float32)
-    totals = tl.zeros((8, ROWS), tl.float32)
-    lows = tl.zeros((8, ROWS), tl.float32)
+    totals, lows = tl.zeros((8, ROWS), tl.float32), tl.zeros((8, ROWS), tl.float32)
     accs = ()
-    for i in tl.static_range(V):
-        accs = accs + (tl.zeros((WIDE_V, ROWS), tl.float32),)
+    for _ in tl.static_range(16 // WIDTH_V):
+        accs = accs + (tl.zeros((WIDE_V, ROWS), tl.float32),)  # noqa: RUF005
     unit = 1e-30
-    k_codes += b * kb + h * kh
-    v_codes += b * vb + h * vh
-    k_scale += b * ksb + h * ksh
-    k_low += b * ksb + h * ksh
-    v_scale += b * vsb + h * vsh
-    v_low += b * vsb + h * vsh
-    end = tl.minimum(split * share + share, tokens)
-    for start in range(split * share, end, BLOCK):
+    for start in range(0, tl.minimum(share, tokens - split * share), BLOCK):
         t = start + n
-        there = t < end
+        there = t < tokens - split * share
         v_s = tl.load(v_scale + t, there, 0.0).to(tl.float32)
         v_l = tl.load(v_low + t, there, 0.0).to(tl.float32)
-        k_words, k_high = _words(k_codes + start.to(tl.int64) * BYTES, n * (BYTES // 2), there, WORDS, WIDE, BITS)
-        v_words, v_high = _words(v_codes + start.to(tl.int64) * BYTES_V, n * (BYTES_V // 2), there, WORDS_V, WIDE_V, BITS_V)
-        st = tl.zeros((BLOCK, ROWS), tl.float32)
+        words, even, odd = _words(k_codes, t, there, WIDE, DIM, BITS)
+        words_v, even_v, odd_v = _words(v_codes, t, there, WIDE_V, DIM_V, BITS_V)
         if TOKEN_GROUP > 0:
-            # scales per channel: into the query, once for this block, which lies within one group
-            g = (start // TOKEN_GROUP) * kst
-            shift = tl.zeros((BLOCK, ROWS), tl.float32)
-            for i in tl.static_range(K):
-                at = g + (i // 2 * 2 * WORDS + i % 2) + 2 * uk
-                scale = tl.load(k_scale + at, uk < WORDS, 0.0)
-                low = tl.load(k_low + at, uk < WORDS, 0.0)
-                st = _product(_codes(k_words, k_high, i, BITS, ASM), xs[i] * scale.to(tl.float32)[:, None], st, EXACT)
-                shift = _product(tl.broadcast_to(low[None, :], (BLOCK, WIDE)), hs[i], shift, EXACT)
-            s = st * (size * 16777216) + shift * size
+            g = start // TOKEN_GROUP * DIM
+            st, shift = _scores(xs, words, even, odd, k_scale + g, k_low + g, DIM, BITS, TOKEN_GROUP, EXACT, UNIT, ASM)
+            s = st * (size * UNIT) + shift * size
         else:
             scale = tl.load(k_scale + t, there, 0.0).to(tl.float32)
             low = tl.load(k_low + t, there, 0.0).to(tl.float32)
-            for i in tl.static_range(K):
-                st = _product(_codes(k_words, k_high, i, BITS, ASM), xs[i], st, EXACT)
-            s = st * (size * 16777216 * scale)[:, None] + sum_q[None, :] * low[:, None]
+            st, shift = _scores(xs, words, even, odd, k_scale, k_low, DIM, BITS, 0, EXACT, UNIT, ASM)
+            s = st * (size * UNIT * scale)[:, None] + sum_q[None, :] * low[:, None]
         if CAP:
             s = cap * (2 / (1 + tl.exp(-2 * s / cap)) - 1)
-        visible = there & (t >= first)
+        visible = there & (split * share + t >= first)
         s = s * LOG2E + tl.where(visible, 0.0, float("-inf"))[:, None]
         if MASK > 0:
-            m_at = mask + b * mb + h * mh + r[None, :].to(tl.int64) * mr + t[:, None].to(tl.int64) * mt
-            inside = live[None, :] & visible[:, None]
-            if MASK == 1:
-                s = tl.where(inside & (tl.load(m_at, inside, 0) != 0), s, float("-inf"))
-            else:
-                s = tl.where(inside, s + tl.load(m_at, inside, 0.0).to(tl.float32) * LOG2E, float("-inf"))
+            s = _masked(s, mask + b * mb + h * mh + (base + start) * mt, live, visible, mr, mt, MASK)
         m_ = tl.maximum(m, tl.max(s, 0))
         p, faded = tl.exp2(s - m_[None, :]), tl.exp2(m - m_)
         m = m_
-        totals = totals * faded[None, :] + tl.sum(tl.reshape(p, (BLOCK // 8, 8, ROWS)), 0)
-        lows = lows * faded[None, :] + tl.sum(tl.reshape(p * v_l[:, None], (BLOCK // 8, 8, ROWS)), 0)
+        totals = totals * faded[None, :] + _column_sums(p)
+        lows = lows * faded[None, :] + _column_sums(p * v_l[:, None])
         # `unit` is the scale that the sums so far are in; weights stay within half precision's range
         unit_ = tl.maximum(unit, tl.max(v_s, 0))
         w = p * (v_s / unit_)[:, None]
         f = (faded * (unit / unit_))[None, :]
         unit = unit_
-        new = ()
-        for i in tl.static_range(V):
-            new = new + (_product(tl.trans(_codes(v_words, v_high, i, BITS_V, ASM)), w, accs[i] * f, EXACT),)
-        accs = new
+        sums = ()
+        for i in tl.static_range(16 // WIDTH_V):
+            codes = tl.trans(_codes(words_v, even_v, odd_v, i, BITS_V, UNIT, ASM))
+            sums = sums + (_product(codes, w, accs[i] * f, EXACT),)  # noqa: RUF005
+        accs = sums
     row = (bh * tl.num_programs(0) + split) * rows + r
-    at = acc + row[None, :] * DIM_V + 2 * uv[:, None]
-    low_sum = tl.sum(lows, 0)[None, :]
-    for i in tl.static_range(V):
-        out = accs[i] * (unit * (16777216 / 2 ** (i // 2 * VALUE_BITS))) + low_sum
-        tl.store(at + (i // 2 * 2 * WORDS_V + i % 2), out, live[None, :] & (uv < WORDS_V)[:, None])
+    at = acc + row[None, :] * DIM_V + 2 * u[:, None]
+    for i in tl.static_range(16 // WIDTH_V):
+        out = accs[i] * (unit * (UNIT / 2 ** (i // 2 * WIDTH_V))) + tl.sum(lows, 0)[None, :]
+        tl.store(at + (i // 2 * 2 * WORDS_V + i % 2), out, live[None, :] & (u < WORDS_V)[:, None])
     tl.store(peak + row, m * (1 / LOG2E), live)
     tl.store(total + row, tl.sum(totals, 0), live)
 

@@ -8,7 +8,7 @@ every model and every attention implementation, and fast with ours.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
@@ -17,6 +17,9 @@ from torch.utils._pytree import tree_map_only
 
 from intactkv.packed.bits import hadamard
 from intactkv.packed.store import Packed, Run
+
+if TYPE_CHECKING:
+    from intactkv.packed.steady import Standing
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +40,10 @@ class Stored:
     alike: tuple[int, int] | None
     rotated: bool
 
+    def like(self, which: int) -> tuple[Tensor, int]:
+        """A tensor of the type, heads and width of the keys (0) or values (1), and how many tokens there are."""
+        return self.tail[which], self.tail_column + self.tail[which].shape[2]
+
     def dense(self, which: int) -> Float[Tensor, "batch head token dim"]:
         """All keys (0) or values (1), dense, in the model's dtype."""
         tail = self.tail[which]
@@ -55,18 +62,18 @@ class Stored:
 class LazyStates(torch.Tensor):
     """Keys (`which` 0) or values (1) of `stored`; any operation on them works on `stored.dense(which)`."""
 
-    stored: Stored
+    stored: Stored | Standing
     which: int
 
     @staticmethod
-    def __new__(cls, stored: Stored, which: int) -> LazyStates:
-        tail = stored.tail[which]
-        shape = (*tail.shape[:2], stored.tail_column + tail.shape[2], tail.shape[3])
-        self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=tail.dtype, device=tail.device)
+    def __new__(cls, stored: Stored | Standing, which: int) -> LazyStates:
+        like, tokens = stored.like(which)
+        shape = (*like.shape[:2], tokens, like.shape[3])
+        self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=like.dtype, device=like.device)
         self.stored, self.which = stored, which
         return self
 
-    def __init__(self, stored: Stored, which: int) -> None:
+    def __init__(self, stored: Stored | Standing, which: int) -> None:
         super().__init__()
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]

@@ -22,31 +22,40 @@ from intactkv.packed.attention import Partial, attend, dense_step, merged, nothi
 from intactkv.packed.bits import hadamard
 from intactkv.packed.cache import PackedCache
 from intactkv.packed.fused import fused_step
+from intactkv.packed.graphs import Graphs
 from intactkv.packed.lazy import LazyStates, Stored
+from intactkv.packed.steady import Standing, on_gpu
 from intactkv.packed.store import Packed
 
 NAME, COMPILED = "intactkv_packed", "intactkv_packed_compiled"
+STEADY_ROWS = 64  # queries to a key head that the kernel takes
 FEW = 16  # queries a row that are worth reading block by block; more are a chunk of a prompt
 
 
-def read_packed(model: PreTrainedModel, *, compile: bool = False) -> PackedReads:
+def read_packed(model: PreTrainedModel, *, compile: bool = False, graphs: bool = False) -> PackedReads:
     """Make `model` read packed caches block by block until the handle is removed; use it with `with`.
 
     It sets the model's attention implementation, which is exact with and without a packed cache, and tells a
     `PackedCache` where each row begins. `compile` compiles the work on one block (it takes a C++ compiler on CPUs).
-    Models that do not call transformers' attention interface still get dense keys and values: right, and slower.
+    `graphs` replays decoding steps on a GPU from a CUDA graph, which is captured once for each cache: for many tokens
+    it saves most of a step's time, for a few it costs more than it saves. Models that do not call transformers'
+    attention interface still get dense keys and values: right, and slower.
 
-    Raises `IntactKVError` for a model that already reads so.
+    Raises `IntactKVError` for a model that already reads so, and with `graphs` for one that is not on a GPU.
     """
+    if graphs and not on_gpu(next(model.parameters())):
+        raise IntactKVError(
+            f"graphs=True takes a model on an NVIDIA or AMD GPU and Triton; this one is on {model.device}; leave it out"
+        )
     if model.config._attn_implementation in (NAME, COMPILED):
         raise IntactKVError("the model already reads packed caches; call .remove() on that handle first")
-    return PackedReads(model, COMPILED if compile else NAME)
+    return PackedReads(model, COMPILED if compile else NAME, graphs=graphs)
 
 
 class PackedReads:
     """The handle of one `read_packed`."""
 
-    def __init__(self, model: PreTrainedModel, name: str) -> None:
+    def __init__(self, model: PreTrainedModel, name: str, *, graphs: bool = False) -> None:
         for each, function in ((NAME, forward), (COMPILED, compiled_forward)):
             AttentionInterface.register(each, function)
             AttentionMaskInterface.register(each, sdpa_mask)
@@ -55,11 +64,14 @@ class PackedReads:
         self._signature = inspect.signature(model.forward)
         model.set_attn_implementation(name)
         self._hook = model.register_forward_pre_hook(self._tell, with_kwargs=True)
+        self._graphs = Graphs(model) if graphs else None
 
     def remove(self) -> None:
         """Give the model its own attention back; may be called twice."""
         if self._model is not None:
             self._hook.remove()
+            if self._graphs is not None:
+                self._graphs.remove()
             self._model.set_attn_implementation(self._before)
             self._model = None
 
@@ -113,8 +125,12 @@ def _forward(
     scaling = more.get("scaling")
     few = query.shape[2] <= FEW and not more.get("dropout") and more.get("position_bias") is None
     if isinstance(key, LazyStates) and isinstance(value, LazyStates) and few:
-        query = query * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-        return _attend_stored(query, key.stored, mask=mask, softcap=softcap, sinks=sinks, compile=compile), None
+        stored, scaling = key.stored, query.shape[-1] ** -0.5 if scaling is None else scaling
+        if isinstance(stored, Standing):
+            if mask is None and query.shape[2] == 1 and query.shape[1] // key.shape[1] <= STEADY_ROWS:
+                return stored.attend(query, scaling, softcap, sinks), None
+            stored = stored.as_stored()
+        return _attend_stored(query * scaling, stored, mask=mask, softcap=softcap, sinks=sinks, compile=compile), None
     key, value = (x.stored.dense(x.which) if isinstance(x, LazyStates) else x for x in (key, value))
     if softcap is None and sinks is None:
         return sdpa_attention_forward(module, query, key, value, mask, **more)
@@ -167,7 +183,7 @@ def _reader(query: Tensor, key: Packed, value: Packed, *, compile: bool, exact: 
     if query.is_cuda and query.dtype == torch.float32 and len(key) and find_spec("triton"):
         from intactkv.packed.kernel import fits, packed_attention_gpu
 
-        if fits(query, key, value):
+        if fits(key, value, query.shape[2]):
             return partial(packed_attention_gpu, exact=exact)
     step = fused_step(query, key, value) if compile and query.device.type == "cpu" else None
     return partial(packed_attention, step=step or dense_step(key, compile=compile))

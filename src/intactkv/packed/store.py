@@ -116,13 +116,18 @@ class Store:
     def put(self, codes: Tensor, scale: Tensor, low: Tensor) -> int:
         """Store what `rounded` gave behind what is there and return its first slot."""
         slot, end = self.used, self.used + codes.shape[2]
-        self._reserve(end)
+        self.reserve(end)
         self.codes[:, :, slot:end] = codes
         per = self.token_group or 1
         self.scale[:, :, slot // per : end // per] = scale
         self.low[:, :, slot // per : end // per] = low
         self.used = end
         return slot
+
+    @property
+    def buffers(self) -> Packed:
+        """All slots, idle ones included."""
+        return Packed(self.codes, self.scale, self.low, bits=self.bits, token_group=self.token_group)
 
     def view(self, run: Run) -> Packed:
         """The packed tokens of `run`, not copied."""
@@ -148,7 +153,8 @@ class Store:
         """Bytes of the buffers, idle slots included."""
         return sum(t.numel() * t.element_size() for t in (self.codes, self.scale, self.low))
 
-    def _reserve(self, slots: int) -> None:
+    def reserve(self, slots: int) -> None:
+        """Make room for `slots` slots in all, and for some more."""
         capacity = self.codes.shape[2]
         if slots <= capacity:
             return

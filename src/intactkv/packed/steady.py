@@ -1,0 +1,195 @@
+"""A packed layer on a GPU from one decoding step to the next, with its newest tokens in a ring.
+
+The kernels of `step.py` do a step's whole work, so nothing is allocated but the answer, and nothing is decided on the
+host but where the layer stands; with a clock not even that. What else is asked of the layer (a prompt, a crop, other
+rows) first takes the tokens out of the ring again: `PackedLayer` does so.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from intactkv.kv import IntactKVError
+from intactkv.packed.lazy import Stored
+from intactkv.packed.store import Packed, Run, Store
+
+if TYPE_CHECKING:
+    from intactkv.packed.cache import Packing
+    from intactkv.packed.rows import Rows
+
+
+@lru_cache(maxsize=1)
+def _triton() -> bool:
+    return find_spec("triton") is not None
+
+
+def on_gpu(x: Tensor) -> bool:
+    """Whether `x` is where the kernels run."""
+    return x.is_cuda and _triton()
+
+
+@dataclass(frozen=True)
+class Standing:
+    """What one call of one layer reads: columns below `read` packed, from there to `stored` in the ring.
+
+    With a `clock` the two numbers are those in it when the kernels run (`step.py`).
+    """
+
+    buffers: tuple[Packed, Packed]
+    ring: tuple[Float[Tensor, "batch head ring dim"], Float[Tensor, "batch head ring dim_v"]]
+    kept: tuple[Float[Tensor, "batch head kept dim"], Float[Tensor, "batch head kept dim_v"]]
+    rows: Int[Tensor, "batch 3"] | None
+    stored: int
+    read: int
+    clock: Int[Tensor, "3"] | None
+
+    def like(self, which: int) -> tuple[Tensor, int]:
+        """As `Stored.like`."""
+        return self.ring[which], self.stored + 1
+
+    def dense(self, which: int) -> Float[Tensor, "batch head token dim"]:
+        """As `Stored.dense`."""
+        return self.as_stored().dense(which)
+
+    def as_stored(self) -> Stored:
+        """The same tokens for PyTorch's way of reading them."""
+        if self.clock is not None:
+            raise IntactKVError(
+                "this model's attention reads dense keys and values, which a CUDA graph cannot replay as they grow; "
+                "use read_packed without graphs=True"
+            )
+        key, value = self.buffers
+        run = Run(0, 0, self.read)
+        runs = ((run, key.slice(0, self.read), value.slice(0, self.read)),) if self.read else ()
+        rows, start, count = self.rows, None, None
+        if rows is not None:
+            start = rows[:, 1]
+            count = torch.minimum((self.read - start).clamp(min=0), rows[:, 2])
+        tail = unrolled(self.ring, self.read, self.stored + 1)
+        kept = None if rows is None else self.kept
+        return Stored(runs, tail, self.read, kept, start, count, (0, 0) if rows is None else None, False)
+
+    def attend(
+        self, query: Float[Tensor, "batch head 1 dim"], scaling: float, softcap: float | None, sinks: Tensor | None
+    ) -> Float[Tensor, "batch 1 head dim_v"]:
+        """Attention of one token's queries, not yet scaled, over all tokens."""
+        from intactkv.packed import kernel, step
+
+        (key, value), clock = self.buffers, self.clock
+        batch, heads, _, dim = query.shape
+        kv_heads = key.codes.shape[1]
+        query = query.reshape(batch, kv_heads, heads // kv_heads, dim).contiguous()
+        tokens = len(key) if clock is not None else self.read
+        shares = kernel.attend_shares(
+            query, key, value, tokens, begin=self.rows, softcap=softcap, exact=query.dtype == torch.float32,
+            scaling=scaling, clock=clock,
+        )  # fmt: skip
+        out = query.new_empty((batch, 1, heads, value.dim))
+        splits = shares.acc.shape[2]
+        step.finish[(query.shape[2], batch * kv_heads)](
+            query, *shares, *self.kept, *self.ring, self.rows, sinks, clock, out,
+            self.stored, self.read, kv_heads, query.shape[2], splits, self.kept[0].shape[2], scaling, softcap or 0.0,
+            DIM=dim, DIM_V=value.dim, SPLITS=_power(splits), RING=self.ring[0].shape[2], ROWS=self.rows is not None,
+            SINKS=sinks is not None, CAP=softcap is not None, CLOCK=clock is not None, BLOCK=16,
+        )  # fmt: skip
+        return out
+
+
+class Steady:
+    """The state of one layer between decoding steps; `stored` columns in all, the first `packed` of them packed."""
+
+    clock: Tensor | None = None  # while a CUDA graph is captured
+
+    def __init__(
+        self, packing: Packing, stores: list[Store], tail: list[Tensor], kept: list[Tensor], rows: Tensor | None
+    ) -> None:
+        self.packing, self.stores, self.rows = packing, stores, rows
+        self.kept = (kept[0].contiguous(), kept[1].contiguous())
+        self.packed = stores[0].used
+        self.stored = self.packed + tail[0].shape[2]
+        self.size = packing.residual + packing.together
+        place = torch.arange(self.packed, self.stored, device=tail[0].device) % self.size
+        rings = [x.new_zeros((*x.shape[:2], self.size, x.shape[3])).index_copy_(2, place, x) for x in tail]
+        self.ring = rings[0], rings[1]
+
+    @property
+    def due(self) -> bool:
+        """Whether the next token fills the ring."""
+        return self.stored + 1 - self.packed == self.size
+
+    @property
+    def read(self) -> int:
+        """How many columns the next token's call reads packed."""
+        return self.packed + (self.packing.together if self.due and self.packing.own == "rounded" else 0)
+
+    def store(self, key: Tensor, value: Tensor) -> Standing:
+        """Store one token `(batch, head, 1, dim)` and say what its call reads; `advance` goes on to the next."""
+        from intactkv.packed import step
+
+        keys, values = self.stores
+        if self.due and self.clock is None:
+            for each in self.stores:
+                each.reserve(self.packed + self.packing.together)
+        batch, heads = key.shape[:2]
+        key, value = (x if x.stride(3) == 1 else x.contiguous() for x in (key, value))
+        step.store[(batch * heads, 2)](
+            key, value, *self.ring, keys.codes, keys.scale, keys.low, values.codes, values.scale, values.low,
+            self.rows, self.clock, self.stored, self.packed, heads, *key.stride()[:2], *value.stride()[:2],
+            keys.codes.shape[2], values.codes.shape[2],
+            DIM=key.shape[3], DIM_V=value.shape[3], BITS=keys.bits, GROUP=keys.token_group, RING=self.size,
+            TOGETHER=self.packing.together, CLOCK=self.clock is not None, ROWS=self.rows is not None,
+            enable_fp_fusion=False,
+        )  # fmt: skip
+        buffers = keys.buffers, values.buffers
+        return Standing(buffers, self.ring, self.kept, self.rows, self.stored, self.read, self.clock)
+
+    def advance(self) -> None:
+        """A token more is stored."""
+        self.packed += self.packing.together if self.due else 0
+        self.stored += 1
+
+    def tail(self) -> list[Tensor]:
+        """The newest tokens out of the ring."""
+        return list(unrolled(self.ring, self.packed, self.stored))
+
+
+def serves(packing: Packing, stores: list[Store], rows: Rows, dtype: torch.dtype) -> bool:
+    """Whether the kernels do what a layer of this packing needs; its tokens must lie in one run besides."""
+    from intactkv.packed.kernel import fits
+
+    keys, values = stores
+    group = packing.token_group if packing.keys == "per_channel" else 1
+    return (
+        not packing.hadamard
+        and group & (group - 1) == 0
+        and fits(keys.buffers, values.buffers, 1)
+        and dtype in (torch.float16, torch.bfloat16, torch.float32)
+        and (rows.told or not rows.keep)
+    )
+
+
+def rows_of(rows: Rows, device: torch.device, first: Int[Tensor, "batch"] | None = None) -> Tensor | None:
+    """`rows` as the kernels take them, None where every row sees all and keeps nothing; `first` is behind padding."""
+    if rows.start is None or rows.count is None or not rows.widest:
+        if first is None:
+            return None
+        return torch.stack([first, torch.zeros_like(first), torch.zeros_like(first)], 1).contiguous()
+    start, count = rows.start.to(device), rows.count.to(device)
+    return torch.stack([torch.zeros_like(start) if first is None else first, start, count], 1).contiguous()
+
+
+def unrolled(ring: tuple[Tensor, Tensor], begin: int, end: int) -> tuple[Tensor, Tensor]:
+    """Columns `begin` to `end` of keys and values out of their rings."""
+    place = torch.arange(begin, end, device=ring[0].device) % ring[0].shape[2]
+    return ring[0][:, :, place], ring[1][:, :, place]
+
+
+def _power(n: int) -> int:
+    return 1 << (n - 1).bit_length()
