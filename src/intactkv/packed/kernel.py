@@ -120,21 +120,22 @@ def _splits(programs: int, tokens: int, block: int, device: torch.device) -> tup
 
 
 @triton.jit
-def _words(codes, tokens, there, WIDE: tl.constexpr, DIM: tl.constexpr, BITS: tl.constexpr):
-    """A block's codes, two bytes to a word, `(token, WIDE)`, words of zeros last where the row has fewer.
+def _words(codes, tokens, u, there, WIDE: tl.constexpr, DIM: tl.constexpr, BITS: tl.constexpr):
+    """A block's codes, two bytes to a word, for `tokens` along one axis and words `u` along the other.
 
+    There are WIDE words; where a row has fewer, zeros are last. Values are loaded `(word, token)`, turned, because a
+    product reads words turned from shared memory at no cost, but codes only after another way through it.
     At 3 bits these are the low bits; the second and third are the words with the high bits, moved to stand above the
     low ones in planes of even bytes and of odd bytes.
     """
     WORDS: tl.constexpr = DIM * (2 if BITS == 3 else BITS) // 16
-    u = tl.arange(0, WIDE)
-    at = codes.to(tl.pointer_type(tl.uint16)) + (tokens * (DIM * BITS // 16))[:, None]
-    seen = there[:, None] if WIDE == WORDS else there[:, None] & (u < WORDS)[None, :]
-    words = tl.load(at + u[None, :], seen, 0)
+    at = codes.to(tl.pointer_type(tl.uint16)) + tokens * (DIM * BITS // 16)
+    seen = there if WIDE == WORDS else there & (u < WORDS)
+    words = tl.load(at + u, seen, 0)
     even, odd = words, words
     if BITS == 3:
-        high = tl.load(at + WORDS + (u % (WORDS // 2))[None, :], seen, 0)
-        half = (u // (WORDS // 2)).to(tl.uint16)[None, :]
+        high = tl.load(at + WORDS + u % (WORDS // 2), seen, 0)
+        half = (u // (WORDS // 2)).to(tl.uint16)
         even, odd = high << (2 - half), high >> (6 + half)
     return words, even, odd
 
@@ -263,7 +264,7 @@ def _attend(
     WIDE: tl.constexpr = max(DIM * WIDTH // 16, 16)  # a product takes 16 at least
     WORDS_V: tl.constexpr = DIM_V * WIDTH_V // 16
     WIDE_V: tl.constexpr = max(WORDS_V, 16)
-    r, n, u = tl.arange(0, ROWS), tl.arange(0, BLOCK), tl.arange(0, WIDE_V)
+    r, n, u, u_v = tl.arange(0, ROWS), tl.arange(0, BLOCK), tl.arange(0, WIDE), tl.arange(0, WIDE_V)
     live = r < rows
     xs, size, sum_q = _query(query + bh * rows * DIM, live, scaling, DIM, WIDTH, WIDE)
     first = 0
@@ -291,8 +292,8 @@ def _attend(
         there = t < tokens - split * share
         v_s = tl.load(v_scale + t, there, 0.0).to(tl.float32)
         v_l = tl.load(v_low + t, there, 0.0).to(tl.float32)
-        words, even, odd = _words(k_codes, t, there, WIDE, DIM, BITS)
-        words_v, even_v, odd_v = _words(v_codes, t, there, WIDE_V, DIM_V, BITS_V)
+        words, even, odd = _words(k_codes, t[:, None], u[None, :], there[:, None], WIDE, DIM, BITS)
+        words_v, even_v, odd_v = _words(v_codes, t[None, :], u_v[:, None], there[None, :], WIDE_V, DIM_V, BITS_V)
         if TOKEN_GROUP > 0:
             g = start // TOKEN_GROUP * DIM
             st, shift = _scores(xs, words, even, odd, k_scale + g, k_low + g, DIM, BITS, TOKEN_GROUP, EXACT, UNIT, ASM)
@@ -320,14 +321,14 @@ def _attend(
         unit = unit_
         sums = ()
         for i in tl.static_range(16 // WIDTH_V):
-            codes = tl.trans(_codes(words_v, even_v, odd_v, i, BITS_V, UNIT, ASM))
+            codes = _codes(words_v, even_v, odd_v, i, BITS_V, UNIT, ASM)
             sums = sums + (_product(codes, w, accs[i] * f, EXACT),)  # noqa: RUF005
         accs = sums
     row = (bh * tl.num_programs(0) + split) * rows + r
-    at = acc + row[None, :] * DIM_V + 2 * u[:, None]
+    at = acc + row[None, :] * DIM_V + 2 * u_v[:, None]
     for i in tl.static_range(16 // WIDTH_V):
         out = accs[i] * (unit * (UNIT / 2 ** (i // 2 * WIDTH_V))) + tl.sum(lows, 0)[None, :]
-        tl.store(at + (i // 2 * 2 * WORDS_V + i % 2), out, live[None, :] & (u < WORDS_V)[:, None])
+        tl.store(at + (i // 2 * 2 * WORDS_V + i % 2), out, live[None, :] & (u_v < WORDS_V)[:, None])
     tl.store(peak + row, m * (1 / LOG2E), live)
     tl.store(total + row, tl.sum(totals, 0), live)
 
