@@ -197,11 +197,11 @@ def _query(query, live, scaling, DIM: tl.constexpr, WIDTH: tl.constexpr, WIDE: t
     for i in tl.static_range(16 // WIDTH):
         q = tl.load(at + (i // 2 * 2 * WORDS + i % 2), there, 0.0).to(tl.float32) * scaling
         size, total = tl.maximum(size, tl.max(tl.abs(q), 0)), total + tl.sum(q, 0)
-        planes = planes + (q,)  # noqa: RUF005 (Triton knows no star)
+        planes = planes + (q,)  # type: ignore[assignment]  # noqa: RUF005 (Triton knows no star)
     size = tl.max(size, 0)  # one for all rows: it goes into the tokens' scales
     out = ()
     for i in tl.static_range(16 // WIDTH):
-        out = out + (planes[i] / size,)  # noqa: RUF005
+        out = out + (planes[i] / size,)  # type: ignore[assignment]  # noqa: RUF005
     return out, size, total
 
 
@@ -285,7 +285,7 @@ def _attend(
     totals, lows = tl.zeros((8, ROWS), tl.float32), tl.zeros((8, ROWS), tl.float32)
     accs = ()
     for _ in tl.static_range(16 // WIDTH_V):
-        accs = accs + (tl.zeros((WIDE_V, ROWS), tl.float32),)  # noqa: RUF005
+        accs = accs + (tl.zeros((WIDE_V, ROWS), tl.float32),)  # type: ignore[assignment]  # noqa: RUF005
     unit = 1e-30
     for start in range(0, tl.minimum(share, tokens - split * share), BLOCK):
         t = start + n
@@ -322,7 +322,7 @@ def _attend(
         sums = ()
         for i in tl.static_range(16 // WIDTH_V):
             codes = _codes(words_v, even_v, odd_v, i, BITS_V, UNIT, ASM)
-            sums = sums + (_product(codes, w, accs[i] * f, EXACT),)  # noqa: RUF005
+            sums = sums + (_product(codes, w, accs[i] * f, EXACT),)  # type: ignore[assignment]  # noqa: RUF005
         accs = sums
     row = (bh * tl.num_programs(0) + split) * rows + r
     at = acc + row[None, :] * DIM_V + 2 * u_v[:, None]
