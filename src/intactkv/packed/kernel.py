@@ -1,11 +1,17 @@
 """Attention over packed tokens on a GPU: one Triton kernel reads the bytes as they lie, a second merges its splits.
 
-Each program takes one key head of one row and a share of its tokens. A block's bytes are loaded once; every plane of
-codes is multiplied with the matching slice of the query, so that nothing is interleaved, and scales stay out of the
-products: q·(code * scale + low) = scale * (q·code) + low * Σq for scales per token; for scales per channel they go into
-q once for each group of tokens. Products are of half-precision numbers with float32 sums. Codes are counted from the
-middle of their range, which is exact. Queries and weights are brought to the largest one of their program or block
-first, to stay within half precision's range; `exact` gives them in two parts, number and remainder.
+Each program takes one key head of one row and a share of its tokens. A block's bytes are loaded once, as words of two
+bytes; each plane of codes is multiplied with the query's numbers of the same places, so that nothing is interleaved.
+Codes are not made into numbers at all: masked where they lie, their bits are subnormal half-precision numbers, code *
+2^(place - 24), and the powers of two go into the query and the answer. Scales stay out of the products as well:
+q·(code * scale + low) = scale * (q·code) + low * Σq for scales per token; scales per channel go into q once for each
+group of tokens. Products are of half-precision numbers with float32 sums, transposed, so that a key head's few queries
+are the short side of the product, which may be 8, and not the long one, which is 16 at least. Queries and weights are
+brought to the largest one of their program or block first, to stay within half precision's range; `exact` gives them
+in two parts, number and remainder.
+
+NVIDIA's matrix products take subnormal numbers as they are. Some of AMD's (MI200) take them for zero, so under ROCm
+codes become normal numbers first (`UNIT`), for one conversion each. That way is tested in the interpreter only.
 
 What this gives up: shared scales within a head's numbers (`group_size` below the head's width) and token groups that
 are no multiple of 16, for which `fits` says no and PyTorch does the work.
@@ -22,7 +28,8 @@ from torch import Tensor
 from intactkv.packed.attention import FLOOR, Partial
 from intactkv.packed.store import Packed
 
-ROWS = 16  # the least that a matrix product takes
+ROWS = 8  # the least that a matrix product takes
+UNIT = 2**24 if torch.version.hip is None else 1  # codes times this: as subnormal bits, or as normal numbers
 BLOCK = 64  # tokens
 WARPS, STAGES = 1, 3
 WAVES = 8  # programs for each multiprocessor, so that loads of one hide behind the work of others
@@ -84,13 +91,12 @@ def attend_shares(
     _attend[(splits, batch * head)](
         query.contiguous(), key.codes, key.scale, key.low, value.codes, value.scale, value.low, begin, seen,
         acc, peak, total, head, rows, tokens, share, softcap or 0.0,
-        *key.codes.stride()[:3], *key.scale.stride()[:3],
-        *value.codes.stride()[:3], *value.scale.stride()[:3],
+        *key.codes.stride()[:2], *key.scale.stride()[:2], *value.codes.stride()[:2], *value.scale.stride()[:2],
         *((0,) * 4 if seen is None else seen.stride()), scaling, clock,
         DIM=dim, DIM_V=value.dim, BITS=key.bits, BITS_V=value.bits, TOKEN_GROUP=key.token_group, BLOCK=block,
         ROWS=max(ROWS, triton.next_power_of_2(rows)), BEGIN=0 if begin is None else begin.ndim,
         MASK=0 if seen is None else 1 if seen.dtype == torch.bool else 2, CAP=softcap is not None,
-        EXACT=exact, ASM=query.is_cuda and torch.version.cuda is not None, CLOCK=clock is not None,
+        EXACT=exact, UNIT=UNIT, ASM=query.is_cuda and torch.version.cuda is not None, CLOCK=clock is not None,
         num_warps=WARPS, num_stages=STAGES,
     )  # fmt: skip
     return Partial(acc, peak, total)
@@ -114,44 +120,62 @@ def _splits(programs: int, tokens: int, block: int, device: torch.device) -> tup
 
 
 @triton.jit
-def _halves(word, shift: tl.constexpr, mask: tl.constexpr, middle: tl.constexpr, ASM: tl.constexpr):
-    """`((byte >> shift) & mask) - middle` of every byte, in half precision."""
-    if ASM:
-        # four bytes at a time: 0x6400 | code is the half-precision number 1024 + code
+def _words(codes, tokens, u, there, WIDE: tl.constexpr, DIM: tl.constexpr, BITS: tl.constexpr):
+    """A block's codes, two bytes to a word, for `tokens` along one axis and words `u` along the other.
+
+    There are WIDE words; where a row has fewer, zeros are last. Values are loaded `(word, token)`, turned, because a
+    product reads words turned from shared memory at no cost, but codes only after another way through it.
+    At 3 bits these are the low bits; the second and third are the words with the high bits, moved to stand above the
+    low ones in planes of even bytes and of odd bytes.
+    """
+    WORDS: tl.constexpr = DIM * (2 if BITS == 3 else BITS) // 16
+    at = codes.to(tl.pointer_type(tl.uint16)) + tokens * (DIM * BITS // 16)
+    seen = there if WIDE == WORDS else there & (u < WORDS)
+    words = tl.load(at + u, seen, 0)
+    even, odd = words, words
+    if BITS == 3:
+        high = tl.load(at + WORDS + u % (WORDS // 2), seen, 0)
+        half = (u // (WORDS // 2)).to(tl.uint16)
+        even, odd = high << (2 - half), high >> (6 + half)
+    return words, even, odd
+
+
+@triton.jit
+def _codes(words, even, odd, PLANE: tl.constexpr, BITS: tl.constexpr, UNIT: tl.constexpr, ASM: tl.constexpr):
+    """One plane's codes, in half precision, times 2^(WIDTH * (PLANE // 2)) / UNIT: bits masked where they lie.
+
+    Planes come in pairs, of the words' lower and upper bytes: plane i of the words has `bits.py`'s plane i // 2.
+    """
+    WIDTH: tl.constexpr = 2 if BITS == 3 else BITS
+    SHIFT: tl.constexpr = PLANE % 2 * 8
+    MASK: tl.constexpr = (2**WIDTH - 1) << (PLANE // 2 * WIDTH)
+    HIGH: tl.constexpr = 1 << (PLANE // 2 * 2 + 2) if BITS == 3 else 0
+    high = odd if PLANE % 2 else even
+    if ASM:  # two words at a time
         return tl.inline_asm_elementwise(
-            "{ .reg .b32 t;\n"
-            f"shr.u32 t, $2, {shift};\n"
-            f"and.b32 t, t, {mask};\n"
-            "prmt.b32 $0, t, 0x64646464, 0x4140;\n"
-            "prmt.b32 $1, t, 0x64646464, 0x4342;\n"
-            f"mov.b32 t, {0x64006400 + middle * 0x10001};\n"
-            "sub.rn.f16x2 $0, $0, t;\n"
-            "sub.rn.f16x2 $1, $1, t; }",
-            "=r,=r,r",
-            args=[word],
+            f"{{ .reg .b32 t, u; shr.u32 t, $1, {SHIFT}; and.b32 t, t, {MASK * 0x10001};"
+            f" and.b32 u, $2, {HIGH * 0x10001}; or.b32 $0, t, u; }}",
+            "=r,r,r",
+            args=[words, high],
             dtype=tl.float16,
             is_pure=True,
-            pack=4,
+            pack=2,
         )
-    return ((word >> shift) & (mask & 0xFF)).to(tl.float16) - middle
+    bits = (words >> SHIFT) & MASK
+    if BITS == 3:
+        bits |= high & HIGH
+    return bits.to(tl.float16, bitcast=True) if UNIT > 1 else bits.to(tl.float16)
 
 
 @triton.jit
-def _plane(low, high, PLANE: tl.constexpr, BITS: tl.constexpr, WIDE: tl.constexpr, ASM: tl.constexpr):
-    """Codes `PLANE * WIDE` and following of every token less 2^(bits - 1), `(token, WIDE)`; see `bits.py`."""
-    if BITS == 8:
-        return _halves(low, 0, 0xFFFFFFFF, 128, ASM)
-    if BITS == 4:
-        return _halves(low, PLANE * 4, 0x0F0F0F0F, 8, ASM)
-    if BITS == 2:
-        return _halves(low, PLANE * 2, 0x03030303, 2, ASM)
-    at = PLANE * 2 + tl.arange(0, WIDE) // (WIDE // 2)
-    return _halves(low, PLANE * 2, 0x03030303, 4, ASM) + 4 * ((high >> at[None, :].to(tl.uint8)) & 1).to(tl.float16)
-
-
-@triton.jit
-def _query(at, live, scaling):
-    return tl.load(at, live[:, None], 0.0).to(tl.float32) * scaling
+def _product(codes, x, sum_, EXACT: tl.constexpr):
+    """`sum_` + codes @ x for x in float32 and within half precision's range."""
+    number = x.to(tl.float16)
+    sum_ = tl.dot(codes, number, sum_)
+    if EXACT:  # the remainder in units of 2^-11, so that it is no subnormal number
+        rest = ((x - number.to(tl.float32)) * 2048).to(tl.float16)
+        sum_ += tl.dot(codes, rest) * (1 / 2048)
+    return sum_
 
 
 @triton.jit
@@ -163,42 +187,71 @@ def visible_from(rows, b, packed):
 
 
 @triton.jit
-def _turned(x, scale, low, MIDDLE: tl.constexpr):
-    """`x` with a group's channel scales in it, and x * (low + scale * MIDDLE), to be summed over channels."""
-    s = tl.load(scale).to(tl.float32)
-    return x * s[None, :], x * (tl.load(low).to(tl.float32) + s * MIDDLE)[None, :]
+def _query(query, live, scaling, DIM: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr):
+    """The query's numbers for each plane over the largest of all, `(word, row)`, the largest, and each row's sum."""
+    WORDS: tl.constexpr = DIM * WIDTH // 16
+    r, u = tl.arange(0, live.shape[0]), tl.arange(0, WIDE)
+    at, there = query + r[None, :] * DIM + 2 * u[:, None], live[None, :] & (u < WORDS)[:, None]
+    size, total = tl.full(live.shape, 1e-30, tl.float32), tl.zeros(live.shape, tl.float32)
+    planes = ()
+    for i in tl.static_range(16 // WIDTH):
+        q = tl.load(at + (i // 2 * 2 * WORDS + i % 2), there, 0.0).to(tl.float32) * scaling
+        size, total = tl.maximum(size, tl.max(tl.abs(q), 0)), total + tl.sum(q, 0)
+        planes = planes + (q,)  # type: ignore[assignment]  # noqa: RUF005 (Triton knows no star)
+    size = tl.max(size, 0)  # one for all rows: it goes into the tokens' scales
+    out = ()
+    for i in tl.static_range(16 // WIDTH):
+        out = out + (planes[i] / size,)  # type: ignore[assignment]  # noqa: RUF005
+    return out, size, total
 
 
 @triton.jit
-def _product_t(codes, x, sum_, EXACT: tl.constexpr):
-    """`sum_` + codes @ x for x in float32 and within half precision's range."""
-    number = x.to(tl.float16)
-    sum_ = tl.dot(codes, number, sum_)
-    if EXACT:
-        rest = ((x - number.to(tl.float32)) * 2048).to(tl.float16)
-        sum_ += tl.dot(codes, rest) * (1 / 2048)
-    return sum_
+def _scores(
+    xs, words, even, odd, scale, low,
+    DIM: tl.constexpr, BITS: tl.constexpr, TOKEN_GROUP: tl.constexpr, EXACT: tl.constexpr, UNIT: tl.constexpr,
+    ASM: tl.constexpr,
+):  # fmt: skip
+    """Codes times query and, for scales per channel, lows times query, `(token, row)`; `scale`, `low` are a group's."""
+    WIDTH: tl.constexpr = 2 if BITS == 3 else BITS
+    WORDS: tl.constexpr = DIM * WIDTH // 16
+    u = tl.arange(0, words.shape[1])
+    st = tl.zeros((words.shape[0], xs[0].shape[1]), tl.float32)
+    shift = st
+    for i in tl.static_range(16 // WIDTH):
+        x = xs[i] * (1 / 2 ** (i // 2 * WIDTH))
+        if TOKEN_GROUP > 0:  # into the query, once for this block, which lies within one group
+            at = (i // 2 * 2 * WORDS + i % 2) + 2 * u
+            x *= tl.load(scale + at, u < WORDS, 0.0).to(tl.float32)[:, None]
+            lows = tl.load(low + at, u < WORDS, 0.0)[None, :]
+            shift = _product(tl.broadcast_to(lows, words.shape), xs[i], shift, EXACT)
+        st = _product(_codes(words, even, odd, i, BITS, UNIT, ASM), x, st, EXACT)
+    return st, shift
 
 
 @triton.jit
-def _product(x, codes, sum_, EXACT: tl.constexpr):
-    """`sum_` + x @ codes for x in float32 and within half precision's range."""
-    number = x.to(tl.float16)
-    sum_ = tl.dot(number, codes, sum_)
-    if EXACT:  # the remainder in units of 2^-11, so that it is no subnormal number
-        rest = ((x - number.to(tl.float32)) * 2048).to(tl.float16)
-        sum_ += tl.dot(rest, codes) * (1 / 2048)
-    return sum_
+def _masked(s, mask, live, visible, mr, mt, MASK: tl.constexpr):
+    """Scores with a mask, of truth values (1) or of numbers to add (2); `mask` is at the block's first token."""
+    r, n = tl.arange(0, s.shape[1]), tl.arange(0, s.shape[0])
+    at = mask + r[None, :].to(tl.int64) * mr + n[:, None].to(tl.int64) * mt
+    inside = live[None, :] & visible[:, None]
+    if MASK == 1:
+        return tl.where(inside & (tl.load(at, inside, 0) != 0), s, float("-inf"))
+    return tl.where(inside, s + tl.load(at, inside, 0.0).to(tl.float32) * LOG2E, float("-inf"))
+
+
+@triton.jit
+def _column_sums(x):
+    """Sums over every eighth token, `(8, row)`: within a thread, in the layout of a product."""
+    return tl.sum(tl.reshape(x, (x.shape[0] // 8, 8, x.shape[1])), 0)
 
 
 @triton.jit(do_not_specialize=["tokens"])
 def _attend(
     query, k_codes, k_scale, k_low, v_codes, v_scale, v_low, begin, mask, acc, peak, total,
-    heads, rows, tokens, share, cap,
-    kb, kh, kt, ksb, ksh, kst, vb, vh, vt, vsb, vsh, vst, mb, mh, mr, mt, scaling, clock,
+    heads, rows, tokens, share, cap, kb, kh, ksb, ksh, vb, vh, vsb, vsh, mb, mh, mr, mt, scaling, clock,
     DIM: tl.constexpr, DIM_V: tl.constexpr, BITS: tl.constexpr, BITS_V: tl.constexpr, TOKEN_GROUP: tl.constexpr,
     BLOCK: tl.constexpr, ROWS: tl.constexpr, BEGIN: tl.constexpr, MASK: tl.constexpr, CAP: tl.constexpr,
-    EXACT: tl.constexpr, ASM: tl.constexpr, CLOCK: tl.constexpr,
+    EXACT: tl.constexpr, UNIT: tl.constexpr, ASM: tl.constexpr, CLOCK: tl.constexpr,
 ):  # fmt: skip
     """One head's attention over one share of its packed tokens."""
     if CLOCK:
@@ -206,127 +259,78 @@ def _attend(
         share = tl.cdiv(tl.cdiv(tokens, BLOCK), tl.num_programs(0)) * BLOCK
     split, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
     b, h = bh // heads, bh % heads
-    K: tl.constexpr = 1 if BITS == 8 else 2 if BITS == 4 else 4  # planes
-    V: tl.constexpr = 1 if BITS_V == 8 else 2 if BITS_V == 4 else 4
-    WK: tl.constexpr = DIM // K
-    WV: tl.constexpr = DIM_V // V
-    r, n, jk, jv = tl.arange(0, ROWS), tl.arange(0, BLOCK), tl.arange(0, WK), tl.arange(0, WV)
+    WIDTH: tl.constexpr = 2 if BITS == 3 else BITS
+    WIDTH_V: tl.constexpr = 2 if BITS_V == 3 else BITS_V
+    WIDE: tl.constexpr = max(DIM * WIDTH // 16, 16)  # a product takes 16 at least
+    WORDS_V: tl.constexpr = DIM_V * WIDTH_V // 16
+    WIDE_V: tl.constexpr = max(WORDS_V, 16)
+    r, n, u, u_v = tl.arange(0, ROWS), tl.arange(0, BLOCK), tl.arange(0, WIDE), tl.arange(0, WIDE_V)
     live = r < rows
-    q_at = query + (bh * rows + r[:, None]) * DIM + jk[None, :]
-    q0 = _query(q_at, live, scaling)
-    q1, q2, q3 = q0, q0, q0
-    size, sum_q = tl.max(tl.abs(q0), 1), tl.sum(q0, 1)
-    if K >= 2:
-        q1 = _query(q_at + WK, live, scaling)
-        size, sum_q = tl.maximum(size, tl.max(tl.abs(q1), 1)), sum_q + tl.sum(q1, 1)
-    if K == 4:
-        q2 = _query(q_at + 2 * WK, live, scaling)
-        q3 = _query(q_at + 3 * WK, live, scaling)
-        size = tl.maximum(size, tl.maximum(tl.max(tl.abs(q2), 1), tl.max(tl.abs(q3), 1)))
-        sum_q += tl.sum(q2, 1) + tl.sum(q3, 1)
-    size = tl.maximum(tl.max(size, 0), 1e-30)  # one for all rows: it goes into the tokens' scales
-    h0, h1, h2, h3 = q0 / size, q1 / size, q2 / size, q3 / size
-    MIDDLE: tl.constexpr = 2 ** (BITS - 1)
-    MIDDLE_V: tl.constexpr = 2 ** (BITS_V - 1)
-
+    xs, size, sum_q = _query(query + bh * rows * DIM, live, scaling, DIM, WIDTH, WIDE)
     first = 0
     if BEGIN == 1:
         first = tl.load(begin + b)
     if BEGIN == 2:
         first = visible_from(begin, b, tokens)
+    base = (split * share).to(tl.int64)
+    k_codes += b * kb + h * kh + base * (DIM * BITS // 8)
+    v_codes += b * vb + h * vh + base * (DIM_V * BITS_V // 8)
+    k_scales = b * ksb + h * ksh + (base // TOKEN_GROUP * DIM if TOKEN_GROUP > 0 else base)
+    k_scale, k_low = k_scale + k_scales, k_low + k_scales
+    v_scale += b * vsb + h * vsh + base
+    v_low += b * vsb + h * vsh + base
+
+    # a softmax's state, transposed and in powers of two: peaks, sums of weights, of weighted lows, of weighted codes
     m = tl.full((ROWS,), FLOOR_, tl.float32)
-    total_ = tl.zeros((ROWS,), tl.float32)
-    a0 = tl.zeros((ROWS, WV), tl.float32)
-    a1, a2, a3 = a0, a0, a0
-    low_sum = tl.zeros((ROWS,), tl.float32)
+    totals, lows = tl.zeros((8, ROWS), tl.float32), tl.zeros((8, ROWS), tl.float32)
+    accs = ()
+    for _ in tl.static_range(16 // WIDTH_V):
+        accs = accs + (tl.zeros((WIDE_V, ROWS), tl.float32),)  # type: ignore[assignment]  # noqa: RUF005
     unit = 1e-30
-    k_codes += b * kb + h * kh
-    v_codes += b * vb + h * vh
-    k_scale += b * ksb + h * ksh
-    k_low += b * ksb + h * ksh
-    v_scale += b * vsb + h * vsh
-    v_low += b * vsb + h * vsh
-    end = tl.minimum(split * share + share, tokens)
-    for start in range(split * share, end, BLOCK):
+    for start in range(0, tl.minimum(share, tokens - split * share), BLOCK):
         t = start + n
-        there = t < end
-        v_s = tl.load(v_scale + t.to(tl.int64) * vst, there, 0.0).to(tl.float32)
-        v_l = tl.load(v_low + t.to(tl.int64) * vst, there, 0.0).to(tl.float32)
-        if TOKEN_GROUP == 0:
-            scale = tl.load(k_scale + t.to(tl.int64) * kst, there, 0.0).to(tl.float32)
-            low = tl.load(k_low + t.to(tl.int64) * kst, there, 0.0).to(tl.float32)
-        k_at = k_codes + t[:, None].to(tl.int64) * kt + jk[None, :]
-        k_bytes = tl.load(k_at, there[:, None], 0)
-        k_high = k_bytes
-        if BITS == 3:
-            k_high = tl.load(k_codes + t[:, None].to(tl.int64) * kt + WK + (jk % (WK // 2))[None, :], there[:, None], 0)
-        v_at = v_codes + t[:, None].to(tl.int64) * vt + jv[None, :]
-        v_bytes = tl.load(v_at, there[:, None], 0)
-        v_high = v_bytes
-        if BITS_V == 3:
-            v_high = tl.load(v_codes + t[:, None].to(tl.int64) * vt + WV + (jv % (WV // 2))[None, :], there[:, None], 0)
-        x0, x1, x2, x3 = h0, h1, h2, h3
+        there = t < tokens - split * share
+        v_s = tl.load(v_scale + t, there, 0.0).to(tl.float32)
+        v_l = tl.load(v_low + t, there, 0.0).to(tl.float32)
+        words, even, odd = _words(k_codes, t[:, None], u[None, :], there[:, None], WIDE, DIM, BITS)
+        words_v, even_v, odd_v = _words(v_codes, t[None, :], u_v[:, None], there[None, :], WIDE_V, DIM_V, BITS_V)
         if TOKEN_GROUP > 0:
-            # scales per channel: into the query, once for this block, which lies within one group
-            g = (start // TOKEN_GROUP) * kst
-            x0, shifts = _turned(h0, k_scale + g + jk, k_low + g + jk, MIDDLE)
-            if K >= 2:
-                x1, more = _turned(h1, k_scale + g + WK + jk, k_low + g + WK + jk, MIDDLE)
-                shifts += more
-            if K == 4:
-                x2, more2 = _turned(h2, k_scale + g + 2 * WK + jk, k_low + g + 2 * WK + jk, MIDDLE)
-                x3, more3 = _turned(h3, k_scale + g + 3 * WK + jk, k_low + g + 3 * WK + jk, MIDDLE)
-                shifts += more2 + more3
-            shift = tl.sum(shifts, 1) * size
-        st = tl.zeros((BLOCK, ROWS), tl.float32)
-        st = _product_t(_plane(k_bytes, k_high, 0, BITS, WK, ASM), tl.trans(x0), st, EXACT)
-        if K >= 2:
-            st = _product_t(_plane(k_bytes, k_high, 1, BITS, WK, ASM), tl.trans(x1), st, EXACT)
-        if K == 4:
-            st = _product_t(_plane(k_bytes, k_high, 2, BITS, WK, ASM), tl.trans(x2), st, EXACT)
-            st = _product_t(_plane(k_bytes, k_high, 3, BITS, WK, ASM), tl.trans(x3), st, EXACT)
-        s = tl.trans(st)
-        if TOKEN_GROUP > 0:
-            s = s * size + shift[:, None]
+            g = start // TOKEN_GROUP * DIM
+            st, shift = _scores(xs, words, even, odd, k_scale + g, k_low + g, DIM, BITS, TOKEN_GROUP, EXACT, UNIT, ASM)
+            s = st * (size * UNIT) + shift * size
         else:
-            s = s * (size * scale)[None, :] + sum_q[:, None] * (low + scale * MIDDLE)[None, :]
+            scale = tl.load(k_scale + t, there, 0.0).to(tl.float32)
+            low = tl.load(k_low + t, there, 0.0).to(tl.float32)
+            st, shift = _scores(xs, words, even, odd, k_scale, k_low, DIM, BITS, 0, EXACT, UNIT, ASM)
+            s = st * (size * UNIT * scale)[:, None] + sum_q[None, :] * low[:, None]
         if CAP:
             s = cap * (2 / (1 + tl.exp(-2 * s / cap)) - 1)
-        visible = there & (t >= first)
-        s += tl.where(visible, 0.0, float("-inf"))[None, :]
+        visible = there & (split * share + t >= first)
+        s = s * LOG2E + tl.where(visible, 0.0, float("-inf"))[:, None]
         if MASK > 0:
-            m_at = mask + b * mb + h * mh + r[:, None].to(tl.int64) * mr + t[None, :].to(tl.int64) * mt
-            inside = live[:, None] & visible[None, :]
-            if MASK == 1:
-                s = tl.where(inside & (tl.load(m_at, inside, 0) != 0), s, float("-inf"))
-            else:
-                s = tl.where(inside, s + tl.load(m_at, inside, 0.0).to(tl.float32), float("-inf"))
-        m_ = tl.maximum(m, tl.max(s, 1))
-        p, faded = tl.exp2((s - m_[:, None]) * LOG2E), tl.exp2((m - m_) * LOG2E)
+            s = _masked(s, mask + b * mb + h * mh + (base + start) * mt, live, visible, mr, mt, MASK)
+        m_ = tl.maximum(m, tl.max(s, 0))
+        p, faded = tl.exp2(s - m_[None, :]), tl.exp2(m - m_)
         m = m_
-        total_ = total_ * faded + tl.sum(p, 1)
-        low_sum = low_sum * faded + tl.sum(p * (v_l + v_s * MIDDLE_V)[None, :], 1)
+        totals = totals * faded[None, :] + _column_sums(p)
+        lows = lows * faded[None, :] + _column_sums(p * v_l[:, None])
         # `unit` is the scale that the sums so far are in; weights stay within half precision's range
         unit_ = tl.maximum(unit, tl.max(v_s, 0))
-        w = p * (v_s / unit_)[None, :]
-        f = (faded * (unit / unit_))[:, None]
+        w = p * (v_s / unit_)[:, None]
+        f = (faded * (unit / unit_))[None, :]
         unit = unit_
-        a0 = _product(w, _plane(v_bytes, v_high, 0, BITS_V, WV, ASM), a0 * f, EXACT)
-        if V >= 2:
-            a1 = _product(w, _plane(v_bytes, v_high, 1, BITS_V, WV, ASM), a1 * f, EXACT)
-        if V == 4:
-            a2 = _product(w, _plane(v_bytes, v_high, 2, BITS_V, WV, ASM), a2 * f, EXACT)
-            a3 = _product(w, _plane(v_bytes, v_high, 3, BITS_V, WV, ASM), a3 * f, EXACT)
+        sums = ()
+        for i in tl.static_range(16 // WIDTH_V):
+            codes = _codes(words_v, even_v, odd_v, i, BITS_V, UNIT, ASM)
+            sums = sums + (_product(codes, w, accs[i] * f, EXACT),)  # type: ignore[assignment]  # noqa: RUF005
+        accs = sums
     row = (bh * tl.num_programs(0) + split) * rows + r
-    at = acc + row[:, None] * DIM_V + jv[None, :]
-    tl.store(at, a0 * unit + low_sum[:, None], live[:, None])
-    if V >= 2:
-        tl.store(at + WV, a1 * unit + low_sum[:, None], live[:, None])
-    if V == 4:
-        tl.store(at + 2 * WV, a2 * unit + low_sum[:, None], live[:, None])
-        tl.store(at + 3 * WV, a3 * unit + low_sum[:, None], live[:, None])
-    tl.store(peak + row, m, live)
-    tl.store(total + row, total_, live)
+    at = acc + row[None, :] * DIM_V + 2 * u_v[:, None]
+    for i in tl.static_range(16 // WIDTH_V):
+        out = accs[i] * (unit * (UNIT / 2 ** (i // 2 * WIDTH_V))) + tl.sum(lows, 0)[None, :]
+        tl.store(at + (i // 2 * 2 * WORDS_V + i % 2), out, live[None, :] & (u_v < WORDS_V)[:, None])
+    tl.store(peak + row, m * (1 / LOG2E), live)
+    tl.store(total + row, tl.sum(totals, 0), live)
 
 
 @triton.jit
