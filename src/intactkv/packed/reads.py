@@ -24,7 +24,7 @@ from intactkv.packed.cache import PackedCache
 from intactkv.packed.fused import fused_step
 from intactkv.packed.graphs import Graphs
 from intactkv.packed.lazy import LazyStates, Stored
-from intactkv.packed.steady import Standing, on_gpu
+from intactkv.packed.steady import Standing, capturing, on_gpu
 from intactkv.packed.store import Packed
 
 NAME, COMPILED = "intactkv_packed", "intactkv_packed_compiled"
@@ -127,7 +127,8 @@ def _forward(
     if isinstance(key, LazyStates) and isinstance(value, LazyStates) and few:
         stored, scaling = key.stored, query.shape[-1] ** -0.5 if scaling is None else scaling
         if isinstance(stored, Standing):
-            if mask is None and query.shape[2] == 1 and query.shape[1] // key.shape[1] <= STEADY_ROWS:
+            sees_all = mask is None or capturing()  # `Captured` has run the step before, where the mask was None
+            if sees_all and query.shape[2] == 1 and query.shape[1] // key.shape[1] <= STEADY_ROWS:
                 return stored.attend(query, scaling, softcap, sinks), None
             stored = stored.as_stored()
         return _attend_stored(query * scaling, stored, mask=mask, softcap=softcap, sinks=sinks, compile=compile), None

@@ -35,6 +35,11 @@ def on_gpu(x: Tensor) -> bool:
     return x.is_cuda and _triton()
 
 
+def capturing() -> bool:
+    """Whether a CUDA graph is captured now; transformers then makes a mask also where nothing is hidden."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
 @dataclass(frozen=True)
 class Standing:
     """What one call of one layer reads: columns below `read` packed, from there to `stored` in the ring.
