@@ -615,7 +615,12 @@ def captured(step: Callable[[], Any]) -> Callable[[], None]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()
-    return graph.replay
+
+    def replay() -> None:
+        assert step  # what it reads must live as long as the graph
+        graph.replay()
+
+    return replay
 
 
 def host_syncs(model: PreTrainedModel, ids: Tensor) -> dict[str, int]:

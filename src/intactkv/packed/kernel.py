@@ -322,7 +322,12 @@ def _attend(
         sums = ()
         for i in tl.static_range(16 // WIDTH_V):
             codes = _codes(words_v, even_v, odd_v, i, BITS_V, UNIT, ASM)
-            sums = sums + (_product(codes, w, accs[i] * f, EXACT),)  # type: ignore[assignment]  # noqa: RUF005
+            if EXACT:  # a matrix product's own sums are cut off, not rounded: over many blocks all to one side
+                block = _product(codes, w, tl.zeros((WIDE_V, ROWS), tl.float32), EXACT)
+                sum_ = tl.fma(accs[i], tl.broadcast_to(f, (WIDE_V, ROWS)), block)
+            else:
+                sum_ = _product(codes, w, accs[i] * f, EXACT)
+            sums = sums + (sum_,)  # type: ignore[assignment]  # noqa: RUF005
         accs = sums
     row = (bh * tl.num_programs(0) + split) * rows + r
     at = acc + row[None, :] * DIM_V + 2 * u_v[:, None]
