@@ -41,20 +41,28 @@ def test_kernel_equals_pytorch(bits: int, token_group: int, exact: bool) -> None
         torch.testing.assert_close(got.peak + got.total.log(), want.peak + want.total.log(), atol=near, rtol=near)
 
 
-@pytest.mark.parametrize("unit", [2**24, 1], ids=["subnormal", "normal"])
+@pytest.mark.parametrize(("exact", "unit"), [(True, 1), (False, 1), (False, 2**24)])
 @pytest.mark.parametrize(("dim", "dim_v"), [(64, 128), (128, 64), (256, 256)])
 @pytest.mark.parametrize(("bits", "bits_v", "token_group"), [(2, 3, 0), (3, 8, 16), (4, 2, 48), (8, 4, 0)])
 def test_widths_and_bits_of_keys_and_values_may_differ(
-    bits: int, bits_v: int, token_group: int, dim: int, dim_v: int, unit: int, monkeypatch: pytest.MonkeyPatch
+    bits: int,
+    bits_v: int,
+    token_group: int,
+    dim: int,
+    dim_v: int,
+    exact: bool,
+    unit: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(kernel, "UNIT", unit)
     torch.manual_seed(0)
     key, value = torch.randn(1, HEAD, 96, dim), torch.randn(1, HEAD, 96, dim_v)
     query = torch.randn(1, HEAD, 9, dim) * 0.3
     k, v = packed(key, bits, token_group), packed(value, bits_v)
-    want, got = packed_attention(query, k, v), packed_attention_gpu(query, k, v)
-    torch.testing.assert_close(got.acc / got.total, want.acc / want.total, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(got.peak + got.total.log(), want.peak + want.total.log(), atol=1e-5, rtol=1e-5)
+    want, got = packed_attention(query, k, v), packed_attention_gpu(query, k, v, exact=exact)
+    near = 1e-5 if exact else 4e-3
+    torch.testing.assert_close(got.acc / got.total, want.acc / want.total, atol=near, rtol=near)
+    torch.testing.assert_close(got.peak + got.total.log(), want.peak + want.total.log(), atol=near, rtol=near)
 
 
 def settings_of(tokens: int) -> list[dict[str, Any]]:

@@ -7,11 +7,12 @@ Codes are not made into numbers at all: masked where they lie, their bits are su
 q·(code * scale + low) = scale * (q·code) + low * Σq for scales per token; scales per channel go into q once for each
 group of tokens. Products are of half-precision numbers with float32 sums, transposed, so that a key head's few queries
 are the short side of the product, which may be 8, and not the long one, which is 16 at least. Queries and weights are
-brought to the largest one of their program or block first, to stay within half precision's range; `exact` gives them
-in two parts, number and remainder.
+brought to the largest one of their program or block first, to stay within half precision's range.
 
-NVIDIA's matrix products take subnormal numbers as they are. Some of AMD's (MI200) take them for zero, so under ROCm
-codes become normal numbers first (`UNIT`), for one conversion each. That way is tested in the interpreter only.
+NVIDIA's matrix products take subnormal numbers but line their products up as if they were normal ones, so that of a
+code of 2 bits about 14 bits of a product are left: enough for queries in half precision. `exact` gives queries and
+weights in two parts, number and remainder, and makes codes normal numbers first (`UNIT`), for one conversion each. So
+does ROCm, since some of AMD's products (MI200) take subnormal numbers for zero.
 
 What this gives up: shared scales within a head's numbers (`group_size` below the head's width) and token groups that
 are no multiple of 16, for which `fits` says no and PyTorch does the work.
@@ -29,7 +30,7 @@ from intactkv.packed.attention import FLOOR, Partial
 from intactkv.packed.store import Packed
 
 ROWS = 8  # the least that a matrix product takes
-UNIT = 2**24 if torch.version.hip is None else 1  # codes times this: as subnormal bits, or as normal numbers
+UNIT = 2**24 if torch.version.hip is None else 1  # what codes are short of as numbers: as subnormal bits, or nothing
 BLOCK = 64  # tokens
 WARPS, STAGES = 1, 3
 WAVES = 8  # programs for each multiprocessor, so that loads of one hide behind the work of others
@@ -88,6 +89,7 @@ def attend_shares(
     acc = query.new_empty((batch, head, splits, rows, value.dim), dtype=torch.float32)
     peak, total = (query.new_empty((batch, head, splits, rows), dtype=torch.float32) for _ in range(2))
     seen = None if mask is None else mask.expand(batch, head, rows, tokens)
+    unit = 1 if exact else UNIT
     _attend[(splits, batch * head)](
         query.contiguous(), key.codes, key.scale, key.low, value.codes, value.scale, value.low, begin, seen,
         acc, peak, total, head, rows, tokens, share, softcap or 0.0,
@@ -96,7 +98,7 @@ def attend_shares(
         DIM=dim, DIM_V=value.dim, BITS=key.bits, BITS_V=value.bits, TOKEN_GROUP=key.token_group, BLOCK=block,
         ROWS=max(ROWS, triton.next_power_of_2(rows)), BEGIN=0 if begin is None else begin.ndim,
         MASK=0 if seen is None else 1 if seen.dtype == torch.bool else 2, CAP=softcap is not None,
-        EXACT=exact, UNIT=UNIT, ASM=query.is_cuda and torch.version.cuda is not None, CLOCK=clock is not None,
+        EXACT=exact, UNIT=unit, ASM=query.is_cuda and unit > 1, CLOCK=clock is not None,
         num_warps=WARPS, num_stages=STAGES,
     )  # fmt: skip
     return Partial(acc, peak, total)
