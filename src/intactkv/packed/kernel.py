@@ -32,7 +32,7 @@ from intactkv.packed.store import Packed
 ROWS = 8  # the least that a matrix product takes
 UNIT = 2**24 if torch.version.hip is None else 1  # what codes are short of as numbers: as subnormal bits, or nothing
 BLOCK = 64  # tokens
-WARPS, STAGES = 1, 3
+WARPS, STAGES = 1, 2
 WAVES = 8  # programs for each multiprocessor, so that loads of one hide behind the work of others
 
 
@@ -324,12 +324,7 @@ def _attend(
         sums = ()
         for i in tl.static_range(16 // WIDTH_V):
             codes = _codes(words_v, even_v, odd_v, i, BITS_V, UNIT, ASM)
-            if EXACT:  # a matrix product's own sums are cut off, not rounded: over many blocks all to one side
-                block = _product(codes, w, tl.zeros((WIDE_V, ROWS), tl.float32), EXACT)
-                sum_ = tl.fma(accs[i], tl.broadcast_to(f, (WIDE_V, ROWS)), block)
-            else:
-                sum_ = _product(codes, w, accs[i] * f, EXACT)
-            sums = sums + (sum_,)  # type: ignore[assignment]  # noqa: RUF005
+            sums = sums + (_product(codes, w, accs[i] * f, EXACT),)  # type: ignore[assignment]  # noqa: RUF005
         accs = sums
     row = (bh * tl.num_programs(0) + split) * rows + r
     at = acc + row[None, :] * DIM_V + 2 * u_v[:, None]
