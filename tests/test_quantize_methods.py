@@ -115,6 +115,13 @@ def test_the_checkpoint_is_the_model_in_memory(made: Made) -> None:
     assert not torch.allclose(logits(loaded), logits(made.full), rtol=0, atol=0.01)
 
 
+def test_a_loaded_checkpoint_moves_to_another_device_whole(made: Made) -> None:
+    """compressed-tensors unpacks into a store of its own, out of which `.to` moves nothing."""
+    moved = load_model(made.folder).to("meta")
+    assert {t.device.type for t in (*moved.parameters(), *moved.buffers())} == {"meta"}
+    assert moved(ids.to("meta")).logits.device.type == "meta"
+
+
 def test_the_kv_beside_it_is_the_transformed_models(made: Made) -> None:
     kv = IntactKV.load(made.folder / PREFIX_KV)
     assert all(torch.equal(kv.tensors[name], tensor) for name, tensor in made.kv.tensors.items())

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import DynamicCache, LlamaConfig
 
-from intactkv.kv import IntactKV
-from intactkv.locate import Sites
+from intactkv.kv import IntactKV, IntactKVError
+from intactkv.locate import Progress, Sites
 from intactkv.substitute import IntactTensors, Substitution, put
 
 BATCH, HEAD, TOKEN, DIM, PREFIX = 2, 3, 5, 4, 2
@@ -60,3 +61,49 @@ def test_a_layer_whose_values_are_its_keys_gets_both() -> None:
     assert torch.equal(key[:, :, :PREFIX], intact[0].expand(BATCH, -1, -1, -1))
     assert torch.equal(value[:, :, :PREFIX], intact[1].expand(BATCH, -1, -1, -1))
     assert torch.equal(key[:, :, PREFIX:], value[:, :, PREFIX:])
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "slice", "expanded"])
+@pytest.mark.parametrize("tokens", [PREFIX, TOKEN])
+def test_an_empty_layer_begins_with_the_prefix(layout: str, tokens: int) -> None:
+    """The quick way for a cache that appends: the same keys and values, and the model's own are left alone."""
+    intact = torch.randn(2, HEAD, PREFIX, DIM)
+    kv = IntactKV(torch.arange(PREFIX), {0: (intact[0], intact[1])}, torch.zeros(PREFIX, 7), {})
+    x, y = rows(layout)[:, :, :tokens], rows(layout)[:, :, :tokens] + 1
+    given, found = x.clone(), {}
+    for name, cache in (("quick", DynamicCache(config=LlamaConfig(num_hidden_layers=1))), ("general", DynamicCache())):
+        call = Substitution(IntactTensors(kv), sites(PREFIX), past=0, length=tokens, logits_to_keep=0)
+        call.enter(cache, Progress())
+        with torch.no_grad():
+            found[name] = cache.update(x if name == "quick" else x.clone(), y.clone(), 0)
+        assert call.seen == {0}
+        assert cache.get_seq_length() == tokens
+    assert torch.equal(x, given)
+    for quick, general, own, begin in zip(found["quick"], found["general"], (x, y), intact, strict=True):
+        assert torch.equal(quick, torch.cat([begin.expand(BATCH, -1, -1, -1), own[:, :, PREFIX:]], dim=2))
+        assert torch.equal(quick, general)
+        quick.zero_()  # the cache is its own: nothing of the artifact is written to
+        assert bool(begin.any())
+
+
+def test_an_empty_layer_of_another_shape_is_refused_before_it_is_touched() -> None:
+    kv = IntactKV(torch.arange(PREFIX), {0: (torch.ones(1, PREFIX, DIM),) * 2}, torch.zeros(PREFIX, 7), {})
+    cache = DynamicCache(config=LlamaConfig(num_hidden_layers=1))
+    call = Substitution(IntactTensors(kv), sites(PREFIX), past=0, length=TOKEN, logits_to_keep=0)
+    call.enter(cache, Progress())
+    with pytest.raises(IntactKVError, match="layer 0 has"):
+        cache.update(rows("contiguous"), rows("contiguous"), 0)
+    assert cache.get_seq_length() == 0
+
+
+def test_trained_rows_are_never_remembered() -> None:
+    kv = IntactKV(torch.arange(PREFIX), {0: (torch.ones(HEAD, PREFIX, DIM, requires_grad=True),) * 2},
+                  torch.zeros(PREFIX, 7), {})  # fmt: skip
+    tensors, x = IntactTensors(kv), rows("contiguous")
+    for _ in range(2):
+        cache = DynamicCache(config=LlamaConfig(num_hidden_layers=1))
+        call = Substitution(tensors, sites(PREFIX), past=0, length=TOKEN, logits_to_keep=0)
+        call.enter(cache, Progress())
+        key, _ = cache.update(x, x.clone(), 0)
+        (gradient,) = torch.autograd.grad(key.sum(), kv.layers[0][0])
+        assert torch.equal(gradient, torch.full_like(gradient, BATCH))

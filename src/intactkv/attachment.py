@@ -92,6 +92,7 @@ class Attachment:
         self._owner = kv.digest
         self._running = threading.local()  # one forward at a time and thread
         self._warned = False
+        self._last_sites: tuple[Any, Sites, Tensor] | None = None
         self._signature = inspect.signature(model.forward)
         self._takes_positions = "position_ids" in self._signature.parameters
         self._rope_limit = _rope_limit(model.config)
@@ -209,8 +210,8 @@ class Attachment:
         ids = _ids(arguments, past, progress)
         length, prefix = ids.shape[1], self._intact.ids(ids.device)
         mask, given = as_tensor(arguments.get("attention_mask")), arguments.get("position_ids")
-        if past == 0 and _unpadded(mask, given, ids):
-            return self._plan_unpadded(ids, prefix, progress)
+        if past == 0 and (quick := self._plan_unpadded(ids, prefix, mask, given, progress)) is not None:
+            return quick
         real, positions = real_tokens(mask, ids, past), token_positions(mask, given, ids, past)
         if given is None and not self._takes_positions and mask is not None and mask.ndim == 4:
             positions = visible(mask[:, 0]).sum(-1).to(ids.device).expand_as(ids) - 1  # ALiBi: all that it sees
@@ -252,17 +253,43 @@ class Attachment:
         padded = padded and bool((progress.matched > 0).any())
         return plan(Sites(row, col, positions[row, col]), bool(restarts.any()))
 
-    def _plan_unpadded(self, ids: Tensor, prefix: Tensor, progress: Progress) -> _Plan:
-        """`_plan` for an empty cache and rows without padding, where columns are positions: the common case, quick."""
-        inside = (ids[:, : len(prefix)] == prefix[: ids.shape[1]]).cumprod(1)
-        row, col = inside.nonzero(as_tuple=True)
-        if len(row):
+    def _plan_unpadded(
+        self, ids: Tensor, prefix: Tensor, mask: Tensor | None, given: Tensor | None, progress: Progress
+    ) -> _Plan | None:
+        """`_plan` for an empty cache and rows without padding, where columns are positions; None for other calls.
+
+        The common case, quick: the device is asked once where all rows begin with the prefix.
+        """
+        unpadded = _unpadded(mask, given, ids)
+        if unpadded is None:
+            return None
+        agrees = ids[:, : len(prefix)] == prefix[: ids.shape[1]]
+        all_agree, *real = torch.stack([agrees.all(), *unpadded]).tolist()
+        if not all(real):
+            return None
+        if all_agree and agrees.shape[1]:
+            sites, progress.matched = self._whole_sites(*agrees.shape, ids.device)
+        else:
+            inside = agrees.cumprod(1)
+            row, col = inside.nonzero(as_tuple=True)
+            sites, progress.matched = Sites(row, col, col), inside.sum(1)
+        if len(sites):
             self._refuse_position(ids.shape[1] - 1)
-        progress.matched, progress.until, progress.padded = inside.sum(1), len(prefix), False
+        progress.until, progress.padded = len(prefix), False
         progress.done = ids.shape[1] >= len(prefix)
-        self._warn_once(0, len(row))
-        whole = inside.shape[1] if len(row) == inside.numel() else 0
-        return _Plan(Sites(row, col, col, whole), None, False, ids.shape[1])
+        self._warn_once(0, len(sites))
+        return _Plan(sites, None, False, ids.shape[1])
+
+    def _whole_sites(self, batch: int, count: int, device: torch.device) -> tuple[Sites, Tensor]:
+        """The first `count` columns of all rows, and that many matched for each; the last asked for is remembered."""
+        place = (batch, count, device)
+        if self._last_sites is None or self._last_sites[0] != place:
+            with torch.inference_mode(False):
+                row = torch.arange(batch, device=device).repeat_interleave(count)
+                col = torch.arange(count, device=device).repeat(batch)
+                matched = torch.full((batch,), count, device=device)
+            self._last_sites = (place, Sites(row, col, col, count), matched)
+        return self._last_sites[1:]
 
     def _matched(self, cache: Any, past: int, progress: Progress, first: Tensor, positions: Tensor) -> Tensor:
         """How many prefix tokens each row's cache holds: what the cache itself says, where it can be read.
@@ -399,11 +426,16 @@ def _past_prefix(cache: Cache, progress: Progress) -> bool:
     return bool(length >= progress.until)
 
 
-def _unpadded(mask: Tensor | None, given: Tensor | None, ids: Tensor) -> bool:
-    """Whether every token is real and stands at its column's position; masks of other shapes are not looked into."""
-    if mask is not None and (mask.shape != ids.shape or not bool(mask.all())):
-        return False
-    return given is None or (given.ndim == 2 and bool((given == slots(ids, 0)).all()))
+def _unpadded(mask: Tensor | None, given: Tensor | None, ids: Tensor) -> list[Tensor] | None:
+    """What must be true for every token to be real and stand at its column's position; None where it cannot be told.
+
+    Masks of other shapes are not looked into.
+    """
+    if (mask is not None and mask.shape != ids.shape) or (given is not None and given.ndim != 2):
+        return None
+    found = [] if mask is None else [mask.bool().all()]
+    found += [] if given is None else [(given == slots(ids, 0)).all()]
+    return [condition.to(ids.device) for condition in found]
 
 
 def _by_name(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

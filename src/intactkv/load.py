@@ -24,6 +24,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.utils import logging
+from transformers.utils.quantization_config import QuantizationMethod
 
 from intactkv.kv import IntactKVError
 
@@ -58,12 +59,24 @@ def load_with_losses(
             if getattr(model.config, "quantization_config", None) is not None:
                 with torch.no_grad():  # some checkpoints unpack, with a progress bar, at their first forward
                     model(torch.zeros(1, 1, dtype=torch.int64, device=model.device))
+                _let_weights_move_(model)
                 if report["unexpected_keys"]:
                     restored = _restore_transforms_(model, source, set(report["unexpected_keys"]))
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         raise IntactKVError(f"{source} cannot be loaded as a causal LM: {_first_line(error)}") from error
     kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
     return model.eval(), {kind: sorted({*map(str, report[kind])} - restored) for kind in kinds}
+
+
+def _let_weights_move_(model: PreTrainedModel) -> None:
+    """Undo the offloading that compressed-tensors sets up where it unpacks: `.to(device)` would leave weights behind.
+
+    They would stay on the CPU, and so would all that is computed with them, without a word.
+    """
+    if model.config.quantization_config.quant_method == QuantizationMethod.COMPRESSED_TENSORS:
+        from compressed_tensors.offload import remove_dispatch
+
+        remove_dispatch(model)
 
 
 def _restore_transforms_(model: PreTrainedModel, source: str | os.PathLike[str], unexpected: set[str]) -> set[str]:

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
-from transformers.cache_utils import QuantizedLayer
+from transformers.cache_utils import DynamicLayer, QuantizedLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from intactkv.kv import IntactKV, IntactKVError
@@ -23,6 +23,7 @@ class IntactTensors:
     def __init__(self, kv: IntactKV) -> None:
         self.kv = kv
         self._placed: dict[Any, tuple[Tensor, Tensor]] = {}
+        self._whole: dict[Any, tuple[Tensor, Tensor]] = {}
         self._ids: dict[torch.device, Tensor] = {}
         self._logits: dict[Any, Tensor] = {}
 
@@ -43,11 +44,11 @@ class IntactTensors:
 
     def like(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Key and value of `layer`, `(prefix, head, dim)`, each on the device and in the dtype of what is given."""
-        own = self.kv.layers[layer]
         place = (layer, key.device, key.dtype, value.device, value.dtype)
-        frozen = not any(t.requires_grad for t in own)  # trained ones change and carry gradients: never remembered
+        frozen = self._frozen(layer)
         if frozen and place in self._placed:
             return self._placed[place]
+        own = self.kv.layers[layer]
         with torch.inference_mode(False):
             pair = (
                 own[0].transpose(0, 1).to(key.device, key.dtype),
@@ -56,6 +57,24 @@ class IntactTensors:
         if frozen:
             self._placed[place] = pair
         return pair
+
+    def beginning(self, layer: int, key: Tensor, value: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """The first `count` tokens as `layer`'s cache begins with them, `(batch, head, count, dim)`: views."""
+        place = (layer, len(key), key.device, key.dtype, value.device, value.dtype)
+        usual = count == len(self.kv.ids) and self._frozen(layer)
+        if usual and place in self._whole:
+            return self._whole[place]
+        own = self.like(layer, key, value)
+        with torch.inference_mode(False):
+            pair = (_beginning(own[0], key, count, layer), _beginning(own[1], value, count, layer))
+        if usual:
+            self._whole[place] = pair
+        return pair
+
+    def _frozen(self, layer: int) -> bool:
+        """Whether nothing is learned: what is changes and carries gradients, so that it is never remembered."""
+        key, value = self.kv.layers[layer]
+        return not (key.requires_grad or value.requires_grad)
 
 
 @dataclass
@@ -91,7 +110,8 @@ class Substitution:
         update = cache.update
 
         def replaced(key: Tensor, value: Tensor, layer: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-            return update(*self.write(key, value, layer), layer, *args, **kwargs)
+            given = self._begin(cache, key, value, layer) or self.write(key, value, layer)
+            return update(*given, layer, *args, **kwargs)
 
         def restored(key: Tensor, value: Tensor, layer: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
             # The lossy store rounds tokens in groups, so the prefix must not enter a group's scale: the chunk's last
@@ -128,6 +148,24 @@ class Substitution:
     def write(self, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         """The layer's keys and values `(batch, head, token, dim)` with the prefix tokens' replaced."""
         return self._put(key, value, layer, self.sites)
+
+    def _begin(self, cache: Cache, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor] | None:
+        """Let a layer that is empty and appends begin with the prefix; the tokens after it, still to be given to it.
+
+        The layer copies what it is given anyway, so the prefix costs no copy of its own. None for any other layer.
+        """
+        count = self.sites.whole
+        if not count or self.past or cache.offloading or not layer < len(cache.layers):
+            return None
+        empty = cache.layers[layer]
+        if type(empty) is not DynamicLayer or empty.is_initialized or layer not in self.intact.kv.layers:
+            return None
+        self.seen.add(layer)
+        begin = self.intact.beginning(layer, key, value, count)
+        empty.lazy_initialization(key, value)
+        empty.keys, empty.values = begin
+        after = key.shape[2] - count
+        return key.narrow(2, count, after), value.narrow(2, count, after)
 
     def _put(self, key: Tensor, value: Tensor, layer: int, sites: Sites) -> tuple[Tensor, Tensor]:
         if layer not in self.intact.kv.layers:
@@ -200,11 +238,7 @@ def put(
 
     `layer` is named if the shapes do not fit.
     """
-    if (x.shape[1], x.shape[3]) != intact.shape[1:]:
-        raise IntactKVError(
-            f"layer {layer} has (head, dim) {(x.shape[1], x.shape[3])} in this call, the intact KV has "
-            f"{tuple(intact.shape[1:])}; tensor-parallel models are not supported, otherwise capture it again"
-        )
+    _check_shape(x, intact, layer)
     if sites.whole and not torch.is_grad_enabled() and 0 not in x.stride():  # 0: heads or rows that share memory
         x.narrow(2, 0, sites.whole).copy_(intact.narrow(0, 0, sites.whole).transpose(0, 1))
         return x
@@ -213,6 +247,20 @@ def put(
     out = x.clone()
     out.transpose(1, 2)[sites.row, sites.col] = intact[sites.index]
     return out
+
+
+def _beginning(intact: Tensor, x: Tensor, count: int, layer: int) -> Float[Tensor, "batch head count dim"]:
+    """The first `count` intact rows for every row of `x`."""
+    _check_shape(x, intact, layer)
+    return intact[:count].transpose(0, 1).expand(len(x), -1, -1, -1)
+
+
+def _check_shape(x: Tensor, intact: Tensor, layer: int) -> None:
+    if (x.shape[1], x.shape[3]) != intact.shape[1:]:
+        raise IntactKVError(
+            f"layer {layer} has (head, dim) {(x.shape[1], x.shape[3])} in this call, the intact KV has "
+            f"{tuple(intact.shape[1:])}; tensor-parallel models are not supported, otherwise capture it again"
+        )
 
 
 def _joined(before: Sites | None, now: Sites, past: int) -> Sites | None:
