@@ -161,9 +161,8 @@ class Substitution:
         if type(empty) is not DynamicLayer or empty.is_initialized or layer not in self.intact.kv.layers:
             return None
         self.seen.add(layer)
-        begin = self.intact.beginning(layer, key, value, count)
-        empty.lazy_initialization(key, value)
-        empty.keys, empty.values = begin
+        empty.keys, empty.values = self.intact.beginning(layer, key, value, count)
+        empty.dtype, empty.device, empty.is_initialized = key.dtype, key.device, True  # as `lazy_initialization` does
         after = key.shape[2] - count
         return key.narrow(2, count, after), value.narrow(2, count, after)
 
