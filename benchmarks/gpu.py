@@ -573,7 +573,7 @@ def intact(model: PreTrainedModel, prefix: Tensor) -> IntactKV:
 def prefill(model: PreTrainedModel, ids: Tensor) -> Callable[[], float]:
     """Seconds of one forward over the prompts, as `generate` makes it."""
     mask = torch.ones_like(ids)
-    return lambda: clocked(lambda: model(ids, attention_mask=mask, logits_to_keep=1))
+    return lambda: clocked(lambda: model(input_ids=ids, attention_mask=mask, logits_to_keep=1))
 
 
 def eager_decode(model: PreTrainedModel, ids: Tensor, steps: int) -> Callable[[], float]:

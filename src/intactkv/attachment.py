@@ -394,14 +394,18 @@ class Attachment:
         call = self._leave()
         if call is None or output is None:
             return None
-        depth = model.config.get_text_config(decoder=True).num_hidden_layers  # early exit lowers it for a call
-        missing = sorted(i for i in self.kv.layers if i not in call.seen and i < depth)
-        if len(call.sites) and missing:
+        missing = self._missing(model, call) if len(call.sites) and len(call.seen) < len(self.kv.layers) else []
+        if missing:
             raise RuntimeError(
                 f"layers {missing} did not pass keys and values through Cache.update in this call, so their prefix "
                 "was not replaced; this model or mode (gradient checkpointing?) is not supported"
             )
         return output if call.pass_through is None else _without(output, call.pass_through)
+
+    def _missing(self, model: PreTrainedModel, call: Substitution) -> list[int]:
+        """The layers that should have come by and have not; early exit lowers a model's depth for a call."""
+        depth = model.config.get_text_config(decoder=True).num_hidden_layers
+        return sorted(i for i in self.kv.layers if i not in call.seen and i < depth)
 
     def _replace_logits(self, module: Any, args: Any, output: Tensor) -> Tensor | None:
         call = self._call
@@ -440,6 +444,8 @@ def _unpadded(mask: Tensor | None, given: Tensor | None, ids: Tensor) -> list[Te
 
 def _by_name(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """All of a call's arguments by name."""
+    if not args:
+        return dict(kwargs)  # forward itself says what it does not know
     arguments = dict(signature.bind_partial(*args, **kwargs).arguments)
     for name, parameter in signature.parameters.items():
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:
