@@ -24,7 +24,7 @@ from intactkv.locate import NEVER
 from intactkv.packed.attention import Step, packed_attention
 from intactkv.packed.bits import quantize
 from intactkv.packed.cache import PackedLayer, expected_bytes
-from intactkv.packed.fused import blockwise, fused_step, layout, written_out
+from intactkv.packed.fused import block_attention, blockwise, fused_step, layout
 from intactkv.packed.lazy import LazyStates
 from intactkv.packed.reads import forward
 from intactkv.packed.store import Packed
@@ -355,7 +355,7 @@ def test_attention_written_out_for_compilers_equals_matrix_products(bits: int, k
     query, key, value = packed_block(bits, kind)
     known = layout(query, key, value)
     assert known is not None
-    step = Step(partial(blockwise, written_out(known)), 64)
+    step = Step(partial(blockwise, block_attention(known)), 64)
     for hiding in HIDING.values():
         for plain, fast in zip(
             packed_attention(query, key, value, **hiding),

@@ -87,7 +87,8 @@ def quantize(
 ) -> tuple[UInt8[Tensor, "*axes dim"], Float[Tensor, "*axes group"], Float[Tensor, "*axes group"]]:
     """Codes, scale and low of `x`, one scale for `group_size` neighbours on the last axis (None: all of it)."""
     grouped = x.unflatten(-1, (-1, _fitting(x.shape[-1], group_size)))
-    codes, scale, low = _rounded(grouped, grouped.amin(-1), grouped.amax(-1), axis=-1, bits=bits)
+    grouped = grouped.to(torch.promote_types(x.dtype, torch.float32))
+    codes, scale, low = _rounded(grouped, *grouped.aminmax(dim=-1), axis=-1, bits=bits)
     return codes.flatten(-2), scale, low
 
 
@@ -116,8 +117,9 @@ def _rounded(x: Tensor, low: Tensor, high: Tensor, *, axis: int, bits: int) -> t
     x, low, high = x.to(exact), low.to(exact), high.to(exact)
     levels = 2**bits - 1
     low_ = (low - low.abs() * SLACK - SMALLEST).to(SCALE_DTYPE)
-    scale_ = ((high - low_.to(exact)) * (WIDER / levels) + SMALLEST).to(SCALE_DTYPE)  # `step.py` does the same
-    steps = (x - low_.to(exact).unsqueeze(axis)) / scale_.to(exact).unsqueeze(axis)
+    lowest = low_.to(exact)
+    scale_ = ((high - lowest) * (WIDER / levels) + SMALLEST).to(SCALE_DTYPE)  # `step.py` does the same
+    steps = (x - lowest.unsqueeze(axis)) / scale_.to(exact).unsqueeze(axis)
     return steps.round().clamp(0, levels).to(torch.uint8), scale_, low_
 
 

@@ -14,13 +14,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
 from types import FunctionType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from intactkv.packed.attention import Partial, Step, attend, whole_groups
 from intactkv.packed.bits import planes
+from intactkv.packed.lazy import Stored
 from intactkv.packed.store import Packed
 
 ROWS = 8
@@ -55,8 +56,39 @@ def fused_step(query: Tensor, key: Packed, value: Packed) -> Step | None:
     known = layout(query, key, value)
     if known is None:
         return None
-    tokens = max(SHORT, SCORES // (len(query) * known.heads * known.rows))
-    return Step(partial(blockwise, compiled(known)), whole_groups(tokens, key))
+    return Step(partial(blockwise, compiled(known, block_attention)), whole_groups(_block(query, known), key))
+
+
+def fused_attention(query: Tensor, stored: Stored) -> Tensor | None:
+    """Attention of one token's scaled queries `(batch, head, 1, dim)` over all stored tokens, in one compiled call.
+
+    The answer is `(batch, 1, head, dim)`, or None where it does not serve: rows that do not begin alike, several runs
+    of packed tokens, more of them than one block. What it spares are some forty small operations.
+    """
+    if stored.rotated or stored.alike is None or len(stored.runs) != 1:
+        return None
+    run, key, value = stored.runs[0]
+    batch, heads, _, dim = query.shape
+    query = query.reshape(batch, key.codes.shape[1], -1, dim)
+    known = layout(query, key, value)
+    if known is None or not SHORT <= len(key) <= _block(query, known) or len(key) % (key.token_group or 1):
+        return None
+    start, count = stored.alike
+    hidden = min(max(start + count - run.column, 0), run.length) if count else 0
+    if hidden == run.length:
+        return None
+    full = stored.tail
+    if stored.kept is not None and count:
+        full = tuple(torch.cat([x[:, :, :count], y], 2) for x, y in zip(stored.kept, full, strict=True))
+    function = compiled(known, whole_attention, (batch == 1, full[0].shape[2] == 1, min(hidden, 2), query.dtype))
+    tensors = (key.codes, key.scale, key.low, value.codes, value.scale, value.low)
+    out: Tensor = function(query, *tensors, hidden, *full)
+    return out.view(batch, 1, heads, -1)
+
+
+def _block(query: Tensor, known: Layout) -> int:
+    """How many tokens make a block."""
+    return max(SHORT, SCORES // (len(query) * known.heads * known.rows))
 
 
 def blockwise(
@@ -83,16 +115,21 @@ def blockwise(
 
 
 @lru_cache(maxsize=64)
-def compiled(known: Layout) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-    """`written_out`, compiled: one graph for any batch and any number of tokens."""
-    function = written_out(known)
+def compiled(
+    known: Layout, written_out: Callable[[Layout], Callable[..., Any]], constants: tuple[Any, ...] = ()
+) -> Callable[..., Any]:
+    """A function for a layout, compiled: one graph for any batch and any number of tokens.
+
+    `constants` are what else the compiler takes for constant: sizes of 1, small numbers, types.
+    """
+    function: Any = written_out(known)
     # torch counts recompilations for each code object and gives up at eight, so each layout has one of its own
-    code = function.__code__.replace(co_name="attend_" + "_".join(map(str, (*known[:3], *known.dims, *known.groups))))
-    own = FunctionType(code, function.__globals__, code.co_name, closure=function.__closure__)
-    return torch.compile(own, dynamic=True)
+    name = function.__name__ + "_" + "_".join(map(str, (*known[:3], *known.dims, *known.groups, *map(repr, constants))))
+    code = function.__code__.replace(co_name=name)
+    return torch.compile(FunctionType(code, function.__globals__, name, closure=function.__closure__), dynamic=True)
 
 
-def written_out(known: Layout) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+def block_attention(known: Layout) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
     """`attention.attend` on plain tensors of one layout, every row and plane by itself."""
 
     def attend(
@@ -100,22 +137,46 @@ def written_out(known: Layout) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
         seen: Tensor | None, acc: Tensor, peak: Tensor, total: Tensor, softcap: float | None,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         _fix(known, query, codes, v_codes)
-        keys = list(_pieces(codes, scale, low, known.bits, known.groups[0], query.dtype))
-        scores = torch.stack([_scores(query[:, :, row], keys) for row in range(known.rows)], 2)
+        scores = _scores(known, query, codes, scale, low)
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
         if seen is not None:
             scores = scores.masked_fill(~seen, -torch.inf) if seen.dtype == torch.bool else scores + seen
         top = torch.maximum(peak, scores.amax((-2, -1))[..., None])
         weight, faded = torch.exp(scores - top[..., None]), torch.exp(peak - top)
-        values = [x for _, x in _pieces(v_codes, v_scale, v_low, known.bits, known.groups[1], query.dtype)]
-        sums = [
-            torch.cat([(weight[:, :, row, :, :, None] * x).sum((2, 3)) for x in values], -1)
-            for row in range(known.rows)
-        ]
-        return acc * faded + torch.stack(sums, 2), top, total * faded + weight.sum((-2, -1))[..., None]
+        acc = acc * faded + _sums(known, weight, v_codes, v_scale, v_low)
+        return acc, top, total * faded + weight.sum((-2, -1))[..., None]
 
     return attend
+
+
+def whole_attention(known: Layout) -> Callable[..., Tensor]:
+    """Attention over packed tokens, all but the first `hidden`, and over `full` ones, on plain tensors, normalised."""
+
+    def attend_all(
+        query: Tensor, codes: Tensor, scale: Tensor, low: Tensor, v_codes: Tensor, v_scale: Tensor, v_low: Tensor,
+        hidden: int, full: Tensor, v_full: Tensor,
+    ) -> Tensor:  # fmt: skip
+        dtype, query = query.dtype, query.to(torch.promote_types(query.dtype, torch.float32))
+        if known.groups[0]:
+            packed = [x[:, :, hidden:, None] for x in (codes, scale, low, v_codes, v_scale, v_low)]
+        else:  # a group's tokens share a scale, so the first tokens are masked, not cut off
+            groups = scale.shape[2]
+            codes, v_codes, v_scale, v_low = (x.unflatten(2, (groups, -1)) for x in (codes, v_codes, v_scale, v_low))
+            packed = [codes, scale[:, :, :, None], low[:, :, :, None], v_codes, v_scale, v_low]
+        _fix(known, query, packed[0], packed[3])
+        scores = _scores(known, query, *packed[:3])  # (batch, head, row, group, token)
+        if not known.groups[0]:
+            column = torch.arange(scores.shape[3] * scores.shape[4], device=query.device).view(scores.shape[3:])
+            scores = scores.masked_fill(column < hidden, -torch.inf)
+        exact = (query[:, :, :, None] * full.to(query.dtype)[:, :, None]).sum(-1)  # (batch, head, row, token)
+        peak = torch.maximum(scores.amax((-2, -1)), exact.amax(-1))[..., None]
+        weight, weights = torch.exp(scores - peak[..., None]), torch.exp(exact - peak)
+        acc = _sums(known, weight, *packed[3:]) + (weights[..., None] * v_full.to(query.dtype)[:, :, None]).sum(3)
+        total = weight.sum((-2, -1)) + weights.sum(-1)
+        return (acc / total[..., None]).to(dtype)
+
+    return attend_all
 
 
 def _fix(known: Layout, query: Tensor, codes: Tensor, v_codes: Tensor) -> None:
@@ -140,7 +201,20 @@ def _pieces(
             yield begin, plane[..., at : at + step].to(dtype) * scale[..., here] + low[..., here]
 
 
-def _scores(query: Tensor, keys: list[tuple[int, Tensor]]) -> Tensor:
-    """One row's scores `(batch, head, group, token)`."""
-    products = [query[:, :, None, None, begin : begin + x.shape[-1]] * x for begin, x in keys]
-    return sum(products[1:], products[0]).sum(-1)
+def _scores(known: Layout, query: Tensor, codes: Tensor, scale: Tensor, low: Tensor) -> Tensor:
+    """Scores `(batch, head, row, group, token)`."""
+    keys = list(_pieces(codes, scale, low, known.bits, known.groups[0], query.dtype))
+    rows = []
+    for row in range(known.rows):
+        products = [query[:, :, row, None, None, begin : begin + x.shape[-1]] * x for begin, x in keys]
+        rows.append(sum(products[1:], products[0]).sum(-1))
+    return torch.stack(rows, 2)
+
+
+def _sums(known: Layout, weight: Tensor, codes: Tensor, scale: Tensor, low: Tensor) -> Tensor:
+    """Values summed with the weights of `(batch, head, row, group, token)`, `(batch, head, row, dim)`."""
+    values = [x for _, x in _pieces(codes, scale, low, known.bits, known.groups[1], weight.dtype)]
+    rows = range(known.rows)
+    return torch.stack(
+        [torch.cat([(weight[:, :, row, :, :, None] * x).sum((2, 3)) for x in values], -1) for row in rows], 2
+    )

@@ -21,7 +21,7 @@ from intactkv.masks import as_tensor, real_tokens
 from intactkv.packed.attention import Partial, attend, dense_step, merged, nothing, packed_attention
 from intactkv.packed.bits import hadamard
 from intactkv.packed.cache import PackedCache
-from intactkv.packed.fused import fused_step
+from intactkv.packed.fused import fused_attention, fused_step
 from intactkv.packed.graphs import Graphs
 from intactkv.packed.lazy import LazyStates, Stored
 from intactkv.packed.steady import Standing, capturing, on_gpu
@@ -145,6 +145,10 @@ def _attend_stored(
 ) -> Tensor:
     """Attention `(batch, token, head, dim)` of scaled queries `(batch, head, token, dim)` over all stored tokens."""
     batch, heads, tokens, dim = query.shape
+    if compile and tokens == 1 and query.device.type == "cpu" and mask is None and softcap is None and sinks is None:
+        quick = fused_attention(query, stored)
+        if quick is not None:
+            return quick
     kv_heads, dtype = stored.tail[0].shape[1], query.dtype
     rows = query.to(torch.promote_types(dtype, torch.float32)).reshape(batch, kv_heads, -1, dim)
     mask = _by_rows(mask, stored, query, kv_heads)
