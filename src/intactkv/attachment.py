@@ -268,7 +268,7 @@ class Attachment:
         if not all(real):
             return None
         if all_agree and agrees.shape[1]:
-            sites, progress.matched = self._whole_sites(*agrees.shape, ids.device)
+            sites, progress.matched = self._whole_sites(len(ids), agrees.shape[1], ids.device)
         else:
             inside = agrees.cumprod(1)
             row, col = inside.nonzero(as_tuple=True)

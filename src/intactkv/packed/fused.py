@@ -77,12 +77,12 @@ def fused_attention(query: Tensor, stored: Stored) -> Tensor | None:
     hidden = min(max(start + count - run.column, 0), run.length) if count else 0
     if hidden == run.length:
         return None
-    full = stored.tail
+    keys, values = stored.tail
     if stored.kept is not None and count:
-        full = tuple(torch.cat([x[:, :, :count], y], 2) for x, y in zip(stored.kept, full, strict=True))
-    function = compiled(known, whole_attention, (batch == 1, full[0].shape[2] == 1, min(hidden, 2), query.dtype))
+        keys, values = (torch.cat([x[:, :, :count], y], 2) for x, y in zip(stored.kept, stored.tail, strict=True))
+    function = compiled(known, whole_attention, (batch == 1, keys.shape[2] == 1, min(hidden, 2), query.dtype))
     tensors = (key.codes, key.scale, key.low, value.codes, value.scale, value.low)
-    out: Tensor = function(query, *tensors, hidden, *full)
+    out: Tensor = function(query, *tensors, hidden, keys, values)
     return out.view(batch, 1, heads, -1)
 
 
