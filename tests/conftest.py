@@ -23,6 +23,11 @@ def pytest_addoption(parser: Any) -> None:
     parser.addoption("--regenerate", action="store_true", help="write the generated pages under docs/ from this run")
 
 
+def pytest_configure(config: Any) -> None:
+    if config.getoption("--regenerate") and config.getoption("numprocesses", None):
+        raise pytest.UsageError("--regenerate collects figures in one process; leave -n out")
+
+
 @pytest.fixture
 def figure(request: pytest.FixtureRequest) -> Any:
     """Record a measured difference for one architecture under a column's name."""
