@@ -55,6 +55,8 @@ class Rows:
         if self.start is None or self.count is None:
             raise RuntimeError("rows that nobody has told of keep nothing")
         start, count = self.start.to(device), self.count.to(device)
+        if length >= self.until:
+            return start, count
         return start, torch.minimum((length - start).clamp(min=0), count)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> None:
