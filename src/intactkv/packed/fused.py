@@ -28,6 +28,7 @@ ROWS = 8
 NARROWEST = 16  # numbers under one scale and in one plane: a vector register's worth
 SHORT = 64  # tokens
 SCORES = 2**16  # of one block, all rows together: they stay in a core's second-level cache
+WHOLE = 2**19  # scores of one call without blocks: 2 MiB of transient memory
 
 
 class Layout(NamedTuple):
@@ -56,14 +57,14 @@ def fused_step(query: Tensor, key: Packed, value: Packed) -> Step | None:
     known = layout(query, key, value)
     if known is None:
         return None
-    return Step(partial(blockwise, compiled(known, block_attention)), whole_groups(_block(query, known), key))
+    return Step(partial(blockwise, compiled(known, block_attention)), whole_groups(_tokens(SCORES, query), key))
 
 
 def fused_attention(query: Tensor, stored: Stored) -> Tensor | None:
     """Attention of one token's scaled queries `(batch, head, 1, dim)` over all stored tokens, in one compiled call.
 
     The answer is `(batch, 1, head, dim)`, or None where it does not serve: rows that do not begin alike, several runs
-    of packed tokens, more of them than one block. What it spares are some forty small operations.
+    of packed tokens, more of them than `WHOLE` allows. What it spares are some forty small operations, and blocks.
     """
     if stored.rotated or stored.alike is None or len(stored.runs) != 1:
         return None
@@ -71,7 +72,7 @@ def fused_attention(query: Tensor, stored: Stored) -> Tensor | None:
     batch, heads, _, dim = query.shape
     query = query.reshape(batch, key.codes.shape[1], -1, dim)
     known = layout(query, key, value)
-    if known is None or not SHORT <= len(key) <= _block(query, known) or len(key) % (key.token_group or 1):
+    if known is None or not SHORT <= len(key) <= _tokens(WHOLE, query) or len(key) % (key.token_group or 1):
         return None
     start, count = stored.alike
     hidden = min(max(start + count - run.column, 0), run.length) if count else 0
@@ -86,9 +87,9 @@ def fused_attention(query: Tensor, stored: Stored) -> Tensor | None:
     return out.view(batch, 1, heads, -1)
 
 
-def _block(query: Tensor, known: Layout) -> int:
-    """How many tokens make a block."""
-    return max(SHORT, SCORES // (len(query) * known.heads * known.rows))
+def _tokens(scores: int, query: Tensor) -> int:
+    """How many tokens give that many scores of queries `(batch, head, row, dim)`, and at least `SHORT`."""
+    return max(SHORT, scores // query[..., 0].numel())
 
 
 def blockwise(
