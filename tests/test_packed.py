@@ -445,6 +445,71 @@ def test_a_step_is_not_written_out_as_one_where_that_would_be_wrong(monkeypatch:
     assert fused_attention(torch.randn(2, 6, 1, 128), twice) is None
 
 
+def packed_by_reading(packing: Packing, dtype: torch.dtype) -> None:
+    """Decoding steps that read, and so pack, their own token leave what steps that nobody reads leave."""
+    g = torch.Generator().manual_seed(packing.bits)
+    prompt, *tokens = (torch.randn(2, 2, 2, n, 128, generator=g).to(dtype) for n in (100, 1, 1, 1, 1, 3))
+    caches = [PackedCache(TINY.config, packing) for _ in range(2)]
+    for cache in caches:
+        cache.rows.tell(torch.ones(2, 100, dtype=torch.bool), 0)
+        cache.update(*prompt, 0)
+        for token in tokens:
+            key, _ = cache.update(*token, 0)
+            assert isinstance(key, LazyStates)
+            assert isinstance(key.stored, Stored)
+            if cache is caches[0] and token.shape[3] == 1:
+                used = cache.layers[0].stores[0].used
+                for _ in range(2):  # the second read finds it packed
+                    assert fused_attention(torch.randn(2, 6, 1, 128, generator=g).to(dtype), key.stored) is not None
+                    assert cache.layers[0].stores[1].used == used + 1
+    read, not_read = (cache.layers[0] for cache in caches)
+    assert read.runs == not_read.runs
+    assert read.length == not_read.length == 107
+    for a, b in zip(read.stores, not_read.stores, strict=True):
+        assert a.used == b.used == 107
+        for name in ("codes", "scale", "low"):
+            assert torch.equal(getattr(a, name), getattr(b, name))
+
+
+TAKING = {"one scale": {}, "grouped": {"group_size": 32, "keep": 2}}
+
+
+@pytest.mark.parametrize("kind", TAKING.values(), ids=list(TAKING))
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_token_is_packed_alike_by_its_read_and_without(
+    bits: int, kind: dict[str, Any], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fused, "compiled", lambda known, written_out, constants=(): written_out(known))
+    packed_by_reading(Packing(bits=bits, **kind), dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("bits", "kind"), [(2, "one scale"), (3, "one scale"), (8, "grouped")])
+def test_a_token_is_packed_alike_by_its_compiled_read(bits: int, kind: str) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        packed_by_reading(Packing(bits=bits, **TAKING[kind]), dtype)
+
+
+def test_a_late_read_packs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "compiled", lambda known, written_out, constants=(): written_out(known))
+    for change in (
+        lambda cache: cache.update(*torch.randn(2, 2, 2, 1, 128), 0),
+        lambda cache: cache.crop(-1),
+        lambda cache: cache.reorder_cache(torch.tensor([1, 0])),
+        lambda cache: cache.reset(),
+    ):
+        cache = PackedCache(TINY.config, Packing(bits=4))
+        cache.update(*torch.randn(2, 2, 2, 100, 128), 0)
+        key, _ = cache.update(*torch.randn(2, 2, 2, 1, 128), 0)
+        change(cache)
+        held = [(store.used, store.codes.clone()) for store in cache.layers[0].stores]
+        assert fused_attention(torch.randn(2, 6, 1, 128), key.stored) is not None
+        for store, (used, codes) in zip(cache.layers[0].stores, held, strict=True):
+            assert store.used == used
+            assert torch.equal(store.codes, codes)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["one scale", "KIVI"])
 def test_a_compiled_step_equals_its_parts_and_is_compiled_once(name: str) -> None:

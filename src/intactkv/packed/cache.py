@@ -9,7 +9,8 @@ when it leaves the newest ones. Layers with a sliding window or a recurrent stat
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -21,7 +22,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 from intactkv.kv import IntactKVError
 from intactkv.locate import Sites
 from intactkv.packed.bits import BITS, hadamard
-from intactkv.packed.lazy import LazyStates, Stored
+from intactkv.packed.lazy import LazyStates, Rounded, Stored
 from intactkv.packed.rows import Rows
 from intactkv.packed.steady import Steady, on_gpu, rows_of, serves
 from intactkv.packed.store import Run, Store
@@ -100,17 +101,22 @@ class PackedLayer(CacheLayerMixin):
         if key_states.shape[2] == 1 and self.hold_steady() is not None:
             return self._step(key_states, value_states)
         self._settle()
+        self._flush()  # the last step's token, if nobody has packed it who read it
         states, past = (key_states, value_states), self.length
         self._keep(states, past)
         before = self.runs.copy(), self.length - self.tail[0].shape[2]
         tail = [torch.cat([old, new], 2) for old, new in zip(self.tail, states, strict=True)]
         self.length += key_states.shape[2]
         self.tail = list(tail)
-        self._flush()
+        waits = self._may_wait() and tail[0].shape[2] == 1 and bool(before[0])
+        if not waits:
+            self._flush()
         if self.packing.own == "full":
             if not before[0]:
                 return tail[0], tail[1]
             stored = self._stored(before[0], before[1], tail)
+            if waits:
+                stored = replace(stored, take=partial(self._take, tail[0]))
         else:
             if not self.runs:
                 return self.tail[0], self.tail[1]
@@ -189,12 +195,32 @@ class PackedLayer(CacheLayerMixin):
             slot, _ = (store.put(*(x[i] for x in both)) for i, store in enumerate(self.stores))
         else:
             slot, _ = (store.append(x, hidden) for store, x in zip(self.stores, states, strict=True))
+        self._packed(slot, due)
+
+    def _packed(self, slot: int, due: int) -> None:
+        """The tail's first `due` tokens have been stored from `slot` on."""
+        column = self.length - self.tail[0].shape[2]
         self.tail = [x[:, :, due:].clone() for x in self.tail]
         last = self.runs[-1] if self.runs else None
         if last is not None and last.slot + last.length == slot:
             self.runs[-1] = Run(last.slot, last.column, last.length + due)
         else:
             self.runs.append(Run(slot, column, due))
+
+    def _may_wait(self) -> bool:
+        """Whether a decoding step's token is left in full precision until the step has read, or the next one begins.
+
+        A compiled read (`fused.py`) packs it on its way, which spares a step's rounding its small operations.
+        """
+        packing = self.packing
+        alone = packing.keys == "per_token" and not packing.residual
+        return alone and packing.own == "full" and self.device.type == "cpu"
+
+    def _take(self, token: Tensor, *rounded: Rounded) -> None:
+        """Store the tail's one token, whose key is `token`, as rounded by who read it, if it still waits for that."""
+        if self.tail and self.tail[0] is token:
+            slot, _ = (store.put(*x) for store, x in zip(self.stores, rounded, strict=True))
+            self._packed(slot, 1)
 
     def first_keys(self, column: Int[Tensor, "batch token"]) -> Float[Tensor, "batch token head dim"]:
         """The keys at these columns that are kept in full precision, NaN where others or none stand."""

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from intactkv.packed.attention import Partial, Step, attend, whole_groups
-from intactkv.packed.bits import planes
-from intactkv.packed.lazy import Stored
+from intactkv.packed.bits import pack, planes, quantize
+from intactkv.packed.lazy import Rounded, Stored
 from intactkv.packed.store import Packed
 
 ROWS = 8
@@ -81,9 +81,15 @@ def fused_attention(query: Tensor, stored: Stored) -> Tensor | None:
     keys, values = stored.tail
     if stored.kept is not None and count:
         keys, values = (torch.cat([x[:, :, :count], y], 2) for x, y in zip(stored.kept, stored.tail, strict=True))
-    function = compiled(known, whole_attention, (batch == 1, keys.shape[2] == 1, min(hidden, 2), query.dtype))
+    written_out = whole_attention if stored.take is None else whole_step
+    function = compiled(known, written_out, (batch == 1, keys.shape[2] == 1, min(hidden, 2), query.dtype))
     tensors = (key.codes, key.scale, key.low, value.codes, value.scale, value.low)
-    out: Tensor = function(query, *tensors, hidden, keys, values)
+    out: Tensor
+    if stored.take is None:
+        out = function(query, *tensors, hidden, keys, values)
+    else:
+        out, *rounded = function(query, *tensors, hidden, keys, values)
+        stored.take(*rounded)
     return out.view(batch, 1, heads, -1)
 
 
@@ -127,7 +133,9 @@ def compiled(
     # torch counts recompilations for each code object and gives up at eight, so each layout has one of its own
     name = function.__name__ + "_" + "_".join(map(str, (*known[:3], *known.dims, *known.groups, *map(repr, constants))))
     code = function.__code__.replace(co_name=name)
-    return torch.compile(FunctionType(code, function.__globals__, name, closure=function.__closure__), dynamic=True)
+    own = FunctionType(code, function.__globals__, name, closure=function.__closure__)
+    # inductor would leave out rounding to float16 and back, and pack codes for scales other than those stored
+    return torch.compile(own, dynamic=True, options={"emulate_precision_casts": True})
 
 
 def block_attention(known: Layout) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
@@ -178,6 +186,23 @@ def whole_attention(known: Layout) -> Callable[..., Tensor]:
         return (acc / total[..., None]).to(dtype)
 
     return attend_all
+
+
+def whole_step(known: Layout) -> Callable[..., tuple[Tensor, Rounded, Rounded]]:
+    """`whole_attention`, and the last of the `full` tokens packed: key and value."""
+    attend_all = whole_attention(known)
+
+    def step(*tensors: Any) -> tuple[Tensor, Rounded, Rounded]:
+        key, value = (_packed(known, i, x[:, :, -1:]) for i, x in enumerate(tensors[-2:]))
+        return attend_all(*tensors), key, value
+
+    return step
+
+
+def _packed(known: Layout, which: int, x: Tensor) -> Rounded:
+    """`x` as a store with scales per token holds it."""
+    codes, scale, low = quantize(x, bits=known.bits, group_size=known.groups[which])
+    return pack(codes, known.bits), scale, low
 
 
 def _fix(known: Layout, query: Tensor, codes: Tensor, v_codes: Tensor) -> None:

@@ -7,6 +7,7 @@ every model and every attention implementation, and fast with ours.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,8 @@ from torch.utils._pytree import tree_map_only
 from intactkv.packed.bits import hadamard
 from intactkv.packed.store import Packed, Run
 
+Rounded = tuple[Tensor, Tensor, Tensor]  # packed codes, scale and low
+
 if TYPE_CHECKING:
     from intactkv.packed.steady import Standing
 
@@ -28,7 +31,8 @@ class Stored:
 
     `runs` are the packed tokens, columns 0 to `tail_column`; `tail` the tokens from there on, in full precision; `kept`
     the first `count` tokens of each row from column `start` on, in full precision, which stand for the packed ones
-    there.
+    there. `take`, if there is one, is glad of the tail's one token packed by whoever reads it (codes, scale and low of
+    its key and of its value); the layer packs it by itself otherwise.
     """
 
     runs: tuple[tuple[Run, Packed, Packed], ...]
@@ -39,6 +43,7 @@ class Stored:
     count: Int[Tensor, "batch"] | None
     alike: tuple[int, int] | None
     rotated: bool
+    take: Callable[[Rounded, Rounded], None] | None = None
 
     def like(self, which: int) -> tuple[Tensor, int]:
         """A tensor of the type, heads and width of the keys (0) or values (1), and how many tokens there are."""
