@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import ARCHITECTURES, PREFIX, VOCAB, build, by_name, padded, prompts, rounded
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -522,6 +523,22 @@ def test_a_compiled_step_equals_its_parts_and_is_compiled_once(name: str) -> Non
         torch.testing.assert_close(whole, parts, rtol=0, atol=1e-5)
         made.append(graphs["unique_graphs"])
     assert made[0] == made[2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("bits", "keys"), [(2, "per_token"), (2, "per_channel"), (4, "per_token")])
+def test_a_compiled_step_makes_nothing_dense(bits: int, keys: Any) -> None:
+    query, stored = one_step(Packing(bits=bits, keys=keys, keep=4), 4096, dtype=torch.bfloat16)
+    fused_attention(query, stored)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
+        assert fused_attention(query, stored) is not None
+    now = most = 0
+    for event in sorted(prof.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            most = max(most, now)
+    scores = 4 * 2 * 6 * 4096
+    assert scores <= most <= 3 * scores  # dense keys alone would be 8 MiB, 42 times the scores
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])

@@ -135,7 +135,10 @@ def compiled(
     code = function.__code__.replace(co_name=name)
     own = FunctionType(code, function.__globals__, name, closure=function.__closure__)
     # inductor would leave out rounding to float16 and back, and pack codes for scales other than those stored
-    return torch.compile(own, dynamic=True, options={"emulate_precision_casts": True})
+    options: dict[str, Any] = {"emulate_precision_casts": True}
+    if known.bits == 2 and known.groups[0]:  # and store dense what several rows read; other layouts it does only so
+        options |= {"realize_reads_threshold": 64, "realize_opcount_threshold": 4096}
+    return torch.compile(own, dynamic=True, options=options)
 
 
 def block_attention(known: Layout) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
