@@ -1,4 +1,4 @@
-"""Attention over one block of packed tokens for a compiler, in a form that leaves nothing dense, not even the block.
+"""Attention over packed tokens for a compiler, in a form that leaves nothing dense: a block of them, or a whole step.
 
 Scores and sums of values are written as sums of products over the stored planes, one row of queries after another, not
 as matrix products: inductor then unpacks, scales, multiplies and adds in registers, in one pass over the bytes for all
