@@ -37,9 +37,9 @@ def read_packed(model: PreTrainedModel, *, compile: bool = False, graphs: bool =
 
     It sets the model's attention implementation, which is exact with and without a packed cache, and tells a
     `PackedCache` where each row begins. `compile` compiles a layer's read, or its work on one block (it takes a C++
-    compiler on CPUs). `graphs` replays decoding steps on a GPU from a CUDA graph, which is captured once for each cache: for many tokens
-    it saves most of a step's time, for a few it costs more than it saves. Models that do not call transformers'
-    attention interface still get dense keys and values: right, and slower.
+    compiler on CPUs). `graphs` replays decoding steps on a GPU from a CUDA graph, which is captured once for each
+    cache: for many tokens it saves most of a step's time, for a few it costs more than it saves. Models that do not
+    call transformers' attention interface still get dense keys and values: right, and slower.
 
     Raises `IntactKVError` for a model that already reads so, and with `graphs` for one that is not on a GPU.
     """
