@@ -101,7 +101,6 @@ class PackedLayer(CacheLayerMixin):
         if key_states.shape[2] == 1 and self.hold_steady() is not None:
             return self._step(key_states, value_states)
         self._settle()
-        self._flush()  # the last step's token, if nobody has packed it who read it
         states, past = (key_states, value_states), self.length
         self._keep(states, past)
         before = self.runs.copy(), self.length - self.tail[0].shape[2]
@@ -127,6 +126,7 @@ class PackedLayer(CacheLayerMixin):
         """Put the newest tokens into a ring, for decoding step by step, where kernels serve that: on a GPU."""
         if self.steady is not None or not self.is_initialized or not on_gpu(self.tail[0]):
             return self.steady
+        self._flush()
         rows, packed = self.rows, self.length - self.tail[0].shape[2]
         whole = self.runs == ([Run(0, 0, packed)] if packed else []) and all(s.used == packed for s in self.stores)
         if not (whole and self.length >= rows.until and serves(self.packing, self.stores, rows, self.dtype)):
@@ -151,9 +151,10 @@ class PackedLayer(CacheLayerMixin):
             self.length = self.steady.stored
 
     def _settle(self) -> None:
-        """Take the newest tokens out of the ring again."""
+        """Take the newest tokens out of the ring again, or pack the last step's, if nobody has who read it."""
         steady = self.steady
         if steady is None:
+            self._flush()
             return
         self.tail, self.runs = steady.tail(), [Run(0, 0, steady.packed)] if steady.packed else []
         for store in self.stores:
@@ -181,7 +182,7 @@ class PackedLayer(CacheLayerMixin):
 
     def _flush(self) -> None:
         """Pack the oldest of the newest tokens, as many as are due."""
-        together, count = self.packing.together, self.tail[0].shape[2]
+        together, count = self.packing.together, self.tail[0].shape[2] if self.tail else 0
         due = (count - self.packing.residual) // together * together
         if due <= 0:
             return
