@@ -147,9 +147,9 @@ class HandRounded(DynamicCache):
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda a: a.name)
 def test_every_architecture_generates_the_same_with_block_reads_and_dense(architecture: Any) -> None:
-    model, atol = build(architecture), 1e-2  # in float32 a number on an edge can tip over to the next code
+    model, atol = build(architecture), 1e-4
     if architecture.name not in ("gemma2", "bloom", "mpt"):  # whose padded rows are NaN in float64, in any cache
-        model, atol = model.double(), 1e-9
+        model, atol = model.double(), 1e-9  # in float32 a number on an edge can tip over to the next code
         model.set_experts_implementation("eager")  # transformers' grouped one takes no float64
     packing = Packing(bits=8, keep=2)
     rows = [prompts(1, n, seed=n)[0] for n in (12, 9)]

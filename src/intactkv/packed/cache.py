@@ -9,7 +9,7 @@ when it leaves the newest ones. Layers with a sliding window or a recurrent stat
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -113,9 +113,7 @@ class PackedLayer(CacheLayerMixin):
         if self.packing.own == "full":
             if not before[0]:
                 return tail[0], tail[1]
-            stored = self._stored(before[0], before[1], tail)
-            if waits:
-                stored = replace(stored, take=partial(self._take, tail[0]))
+            stored = self._stored(before[0], before[1], tail, partial(self._take, tail[0]) if waits else None)
         else:
             if not self.runs:
                 return self.tail[0], self.tail[1]
@@ -248,7 +246,13 @@ class PackedLayer(CacheLayerMixin):
         exact = torch.promote_types(x.dtype, torch.float32)
         return x.to(exact) @ hadamard(x.shape[-1], exact, x.device)
 
-    def _stored(self, runs: list[Run], tail_column: int, tail: list[Tensor]) -> Stored:
+    def _stored(
+        self,
+        runs: list[Run],
+        tail_column: int,
+        tail: list[Tensor],
+        take: Callable[[Rounded, Rounded], None] | None = None,
+    ) -> Stored:
         rows = self.rows
         start = count = kept = None
         if rows.start is not None and rows.widest:
@@ -263,6 +267,7 @@ class PackedLayer(CacheLayerMixin):
             count,
             rows.alike if tail_column >= rows.until else None,
             self.packing.hadamard,
+            take,
         )
 
     def get_seq_length(self) -> int:

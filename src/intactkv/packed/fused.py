@@ -84,13 +84,12 @@ def fused_attention(query: Tensor, stored: Stored) -> Tensor | None:
     written_out = whole_attention if stored.take is None else whole_step
     function = compiled(known, written_out, (batch == 1, keys.shape[2] == 1, min(hidden, 2), query.dtype))
     tensors = (key.codes, key.scale, key.low, value.codes, value.scale, value.low)
-    out: Tensor
-    if stored.take is None:
-        out = function(query, *tensors, hidden, keys, values)
-    else:
-        out, *rounded = function(query, *tensors, hidden, keys, values)
+    out: Any = function(query, *tensors, hidden, keys, values)
+    if stored.take is not None:
+        out, *rounded = out
         stored.take(*rounded)
-    return out.view(batch, 1, heads, -1)
+    answer: Tensor = out.view(batch, 1, heads, -1)
+    return answer
 
 
 def _tokens(scores: int, query: Tensor) -> int:
