@@ -85,7 +85,7 @@ def main() -> None:
     """Run the parts asked for, write all figures, and print a short table last."""
     options = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     options.add_argument("--out", type=Path, default=Path("gpu"), help="the folder for gpu.json")
-    options.add_argument("--only", choices=("attach", "packed", "stock", "decode"), help="one part")
+    options.add_argument("--only", choices=("attach", "prefill", "packed", "stock", "decode"), help="one part")
     options.add_argument("--tune", action="store_true", help="try the kernel's sizes first")
     asked, size = options.parse_args(), FULL if CUDA else TOY
     asked.out.mkdir(parents=True, exist_ok=True)
@@ -95,9 +95,10 @@ def main() -> None:
         "stock": lambda: stock_figures(size),
         "decode": lambda: decode_figures(size),
         "attach": lambda: attach_figures(size),
+        "prefill": lambda: prefill_figures(size),
     }
     for name, part in parts.items():
-        if asked.only in (None, name):
+        if asked.only == name or (asked.only is None and name != "prefill"):  # which is a part of attach
             began = time.perf_counter()
             figures[name] = part()
             print(f"{name}: {time.perf_counter() - began:.0f} s", flush=True)
@@ -508,23 +509,10 @@ def graphed(calls: list[Callable[[], Any]]) -> Callable[[], float]:
 
 def attach_figures(size: Size) -> dict[str, Any]:
     """Prefill and decoding with and without an intact KV of 34 tokens, on a random model in bfloat16."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        **size.model, bos_token_id=0, eos_token_id=1, max_position_embeddings=8192, rope_theta=500000.0
-    )
-    with DEVICE:
-        plain = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
-    print(f"{plain.num_parameters() / 1e9:.2f} B parameters", flush=True)
-    prefix = torch.cat([torch.tensor([0]), torch.randint(2, config.vocab_size, (PREFIX - 1,))])
-    attached = copied(plain)
-    kv = intact(plain, prefix)
-    attach(attached, kv)
-    models = {"plain": plain, "attached": attached}
+    models, kv = attach_models(size)
     rows, syncs = [], {}
     for batch in size.batches:
-        ids = torch.randint(2, config.vocab_size, (batch, size.prompt))
-        ids[:, :PREFIX] = prefix
-        ids = ids.to(DEVICE)
+        ids = prompts(size, kv, batch)
         works = {
             "prefill": {name: prefill(model, ids) for name, model in models.items()},
             "decode": {name: eager_decode(model, ids, size.eager_steps) for name, model in models.items()},
@@ -536,10 +524,44 @@ def attach_figures(size: Size) -> dict[str, Any]:
             syncs = {name: host_syncs(model, ids) for name, model in models.items()}
             print("host syncs", syncs, flush=True)
     differs = difference(models, ids)
-    ids = ids[: size.batches[0]]
-    ways = {name: prefill(model, ids) for name, model in compiled(plain, kv).items()}
-    rows.append(attach_row("prefill, torch.compile", len(ids), ways))
+    rows.append(compiled_row(models["plain"], kv, ids[: size.batches[0]]))
     return {"rows": rows, "syncs": syncs, "differs": differs}
+
+
+def prefill_figures(size: Size) -> dict[str, Any]:
+    """Prefill alone, at the smallest batch: the one case where the host is waited for."""
+    models, kv = attach_models(size)
+    ids = prompts(size, kv, size.batches[0])
+    eager = attach_row("prefill", len(ids), {name: prefill(model, ids) for name, model in models.items()})
+    return {"rows": [eager, compiled_row(models["plain"], kv, ids)]}
+
+
+def attach_models(size: Size) -> tuple[dict[str, PreTrainedModel], IntactKV]:
+    """A random model, the same one with its own intact KV attached, and that KV."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        **size.model, bos_token_id=0, eos_token_id=1, max_position_embeddings=8192, rope_theta=500000.0
+    )
+    with DEVICE:
+        plain = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    print(f"{plain.num_parameters() / 1e9:.2f} B parameters", flush=True)
+    kv = intact(plain, torch.cat([torch.tensor([0]), torch.randint(2, config.vocab_size, (PREFIX - 1,))]))
+    attached = copied(plain)
+    attach(attached, kv)
+    return {"plain": plain, "attached": attached}, kv
+
+
+def prompts(size: Size, kv: IntactKV, batch: int) -> Tensor:
+    """Random prompts that begin with the prefix, `(batch, token)`."""
+    ids = torch.randint(2, size.model["vocab_size"], (batch, size.prompt))
+    ids[:, : len(kv)] = kv.ids
+    return ids.to(DEVICE)
+
+
+def compiled_row(model: PreTrainedModel, kv: IntactKV, ids: Tensor) -> dict[str, Any]:
+    """The row of two compiled copies' prefill."""
+    ways = {name: prefill(one, ids) for name, one in compiled(model, kv).items()}
+    return attach_row("prefill, torch.compile", len(ids), ways)
 
 
 def attach_row(work: str, batch: int, ways: Mapping[str, Callable[[], float]]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import torch
 from models import PREFIX, VOCAB, build, by_name, padded, prompts, reference_cache, reference_logits, rounded
 from test_laws import differ, rows
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import DynamicCache, PreTrainedModel, QuantizedCache, StaticCache
 
 from intactkv import IntactKV, IntactKVError, attach, capture
@@ -499,6 +500,51 @@ def test_a_compiled_model_with_prefill_equals_eager(pair: Any) -> None:
         compiled = torch.compile(model, backend="eager")(prompts()).logits
     torch._dynamo.reset()
     assert differ(compiled, eager) <= TOLERANCE
+
+
+@pytest.mark.parametrize("kept", ["all", "last", "some of the prefix"])
+@pytest.mark.parametrize("cache", ["none", "dynamic", "dynamic with layers", "static"])
+def test_a_compiled_prefill_is_one_graph_and_equals_eager(pair: Any, cache: str, kept: str) -> None:
+    """Rows that all begin with the prefix, compiled once and for the next prompts too; caches agree to the bit."""
+    model, kv = pair
+    made: dict[str, Any] = {
+        "none": lambda: None,
+        "dynamic": DynamicCache,
+        "dynamic with layers": lambda: DynamicCache(config=model.config),
+        "static": lambda: StaticCache(config=model.config, max_cache_len=32),
+    }
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    with torch.no_grad(), attach(model, kv):
+        step = torch.compile(model, backend=counter)
+        for seed in range(3):
+            ids = prompts(seed=seed)
+            keep = {"all": 0, "last": 1, "some of the prefix": ids.shape[1] - P + 1}[kept]
+            got, want = (call(ids, past_key_values=made[cache](), logits_to_keep=keep) for call in (step, model))
+            assert differ(got.logits, want.logits) <= TOLERANCE
+            for mine, other in zip(got.past_key_values.layers, want.past_key_values.layers, strict=True):
+                for layer, x, y in ((0, mine.keys, other.keys), (1, mine.values, other.values)):
+                    assert torch.equal(x[:, :, :P], y[:, :, :P]), layer  # the intact ones
+                    assert differ(x, y) <= TOLERANCE
+    assert counter.frame_count == 1
+    torch._dynamo.reset()
+
+
+def test_a_compiled_prefill_has_gradients(pair: Any) -> None:
+    model, kv = pair
+    gradients = []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        model.zero_grad()
+        with attach(model, kv):
+            call = torch.compile(model, backend="aot_eager") if compiled else model
+            call(prompts(), use_cache=False).logits.sin().sum().backward()
+        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    torch._dynamo.reset()
+    model.zero_grad()
+    assert len(gradients[0]) == len(gradients[1]) > 0
+    for eager, traced in zip(*gradients, strict=True):
+        assert differ(traced, eager) <= 10 * TOLERANCE
 
 
 # Training

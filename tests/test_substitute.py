@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from transformers import DynamicCache, LlamaConfig
+from transformers.cache_utils import DynamicLayer
 
 from intactkv.kv import IntactKV, IntactKVError
 from intactkv.locate import Progress, Sites
@@ -67,21 +68,28 @@ def test_a_layer_whose_values_are_its_keys_gets_both() -> None:
 @pytest.mark.parametrize("tokens", [PREFIX, TOKEN])
 def test_an_empty_layer_begins_with_the_prefix(layout: str, tokens: int) -> None:
     """The quick way for a cache that appends: the same keys and values, and the model's own are left alone."""
+
+    class Another(DynamicLayer):
+        """Appends, but is not known to."""
+
     intact = torch.randn(2, HEAD, PREFIX, DIM)
     kv = IntactKV(torch.arange(PREFIX), {0: (intact[0], intact[1])}, torch.zeros(PREFIX, 7), {})
     x, y = rows(layout)[:, :, :tokens], rows(layout)[:, :, :tokens] + 1
     given, found = x.clone(), {}
-    for name, cache in (("quick", DynamicCache(config=LlamaConfig(num_hidden_layers=1))), ("general", DynamicCache())):
+    caches = {name: DynamicCache(config=LlamaConfig(num_hidden_layers=1)) for name in ("quick", "general")}
+    caches["general"].layers[0] = Another()
+    for name, cache in (*caches.items(), ("bare", DynamicCache())):
         call = Substitution(IntactTensors(kv), sites(PREFIX), past=0, length=tokens, logits_to_keep=0)
         call.enter(cache, Progress())
         with torch.no_grad():
-            found[name] = cache.update(x if name == "quick" else x.clone(), y.clone(), 0)
+            found[name] = cache.update(x.clone() if name == "general" else x, y.clone(), 0)
         assert call.seen == {0}
         assert cache.get_seq_length() == tokens
     assert torch.equal(x, given)
-    for quick, general, own, begin in zip(found["quick"], found["general"], (x, y), intact, strict=True):
+    for quick, general, bare, own, begin in zip(*found.values(), (x, y), intact, strict=True):
         assert torch.equal(quick, torch.cat([begin.expand(BATCH, -1, -1, -1), own[:, :, PREFIX:]], dim=2))
         assert torch.equal(quick, general)
+        assert torch.equal(quick, bare)
         quick.zero_()  # the cache is its own: nothing of the artifact is written to
         assert bool(begin.any())
 

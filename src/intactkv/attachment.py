@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
-from transformers.cache_utils import EncoderDecoderCache, QuantizedLayer
+from transformers.cache_utils import DynamicLayer, EncoderDecoderCache, QuantizedLayer
 from transformers.masking_utils import create_masks_for_generate
 from transformers.utils import ModelOutput
 
@@ -96,6 +96,7 @@ class Attachment:
         self._signature = inspect.signature(model.forward)
         self._takes_positions = "position_ids" in self._signature.parameters
         self._rope_limit = _rope_limit(model.config)
+        self._plain_layers = all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
         self._hooks = [
             model.register_forward_pre_hook(self._before, with_kwargs=True),
             model.register_forward_hook(self._after, with_kwargs=True, always_call=True),
@@ -163,10 +164,11 @@ class Attachment:
 
         plan = self._plan(model, arguments, past, progress, caches=caches)
         call = Substitution(self._intact, plan.sites, past, plan.length, arguments.get("logits_to_keep", 0))
+        call.prepare(model.device, model.dtype)
         if plan.positions is not None:
             arguments["position_ids"] = plan.positions
         if caches:
-            cache = arguments["past_key_values"] = cache if cache is not None else DynamicCache(config=model.config)
+            cache = arguments["past_key_values"] = cache if cache is not None else self._new_cache(model)
             call.enter(cache, progress)
         elif len(plan.sites):
             if checkpointing and uncovered_layers(self.kv, model.config):
@@ -180,6 +182,10 @@ class Attachment:
             arguments["use_cache"] = False
         self._running.call = call
         return (), arguments
+
+    def _new_cache(self, model: PreTrainedModel) -> DynamicCache:
+        """The cache that the model would make; without its layers yet if all are plain, so that none is guarded."""
+        return DynamicCache() if self._plain_layers else DynamicCache(config=model.config)
 
     def _open(self, cache: Any) -> tuple[int, Progress]:
         """How many tokens the call's cache holds and how far they are past the prefix; refuses what is not ours."""

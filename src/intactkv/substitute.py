@@ -24,6 +24,9 @@ class IntactTensors:
         self.kv = kv
         self._placed: dict[Any, tuple[Tensor, Tensor]] = {}
         self._whole: dict[Any, tuple[Tensor, Tensor]] = {}
+        self._stacked: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        shapes = {x.shape for pair in kv.layers.values() for x in pair}
+        self._alike = len(shapes) == 1 and set(kv.layers) == set(range(len(kv.layers)))
         self._ids: dict[torch.device, Tensor] = {}
         self._logits: dict[Any, Tensor] = {}
 
@@ -34,13 +37,12 @@ class IntactTensors:
                 self._ids[device] = self.kv.ids.to(device)
         return self._ids[device]
 
-    def logits(self, output: Tensor) -> Float[Tensor, "prefix vocab"]:
-        """The prefix's logits on the device and in the dtype of `output`."""
-        place = (output.device, output.dtype)
-        if place not in self._logits:
+    def logits(self, device: torch.device, dtype: torch.dtype) -> Float[Tensor, "prefix vocab"]:
+        """The prefix's logits on a device and in a dtype."""
+        if (device, dtype) not in self._logits:
             with torch.inference_mode(False):
-                self._logits[place] = self.kv.logits.to(*place)
-        return self._logits[place]
+                self._logits[device, dtype] = self.kv.logits.to(device, dtype)
+        return self._logits[device, dtype]
 
     def like(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Key and value of `layer`, `(prefix, head, dim)`, each on the device and in the dtype of what is given."""
@@ -48,7 +50,8 @@ class IntactTensors:
         frozen = self._frozen(layer)
         if frozen and place in self._placed:
             return self._placed[place]
-        own = self.kv.layers[layer]
+        stack = self._stacked.get(place[1:3]) if frozen and place[1:3] == place[3:] else None
+        own = self.kv.layers[layer] if stack is None else stack[layer]
         with torch.inference_mode(False):
             pair = (
                 own[0].transpose(0, 1).to(key.device, key.dtype),
@@ -71,6 +74,19 @@ class IntactTensors:
             self._whole[place] = pair
         return pair
 
+    def stacked(self, device: torch.device, dtype: torch.dtype) -> Float[Tensor, "layer 2 head prefix dim"] | None:
+        """All layers' keys and values in one tensor; None where they differ in shape, skip layers, or learn.
+
+        A compiled forward guards every tensor that it reads: this is one instead of four for each layer.
+        """
+        if not self._alike or any(key.requires_grad or value.requires_grad for key, value in self.kv.layers.values()):
+            return None
+        if (device, dtype) not in self._stacked:
+            with torch.inference_mode(False):
+                stack = torch.stack([torch.stack(self.kv.layers[i]) for i in range(len(self.kv.layers))])
+                self._stacked[device, dtype] = stack.to(device, dtype)
+        return self._stacked[device, dtype]
+
     def _frozen(self, layer: int) -> bool:
         """Whether nothing is learned: what is changes and carries gradients, so that it is never remembered."""
         key, value = self.kv.layers[layer]
@@ -92,9 +108,17 @@ class Substitution:
     logits_to_keep: int | Tensor
     seen: set[int] = field(default_factory=set)
     pass_through: PassThrough | None = None
+    stack: Tensor | None = None
     _cache: Any = None
     _shadowed: Any = None
     _opened: list[GradientCheckpointingLayer] = field(default_factory=list)
+
+    def prepare(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Put in place what a compiled forward reads; done while it is traced, it would be traced once more after."""
+        if self.sites.whole:
+            self.stack = self.intact.stacked(device, dtype)
+            if (self._first_kept or 0) < self.sites.whole:
+                self.intact.logits(device, dtype)
 
     def enter(self, cache: Cache, progress: Progress) -> None:
         """Shadow `cache.update` until `leave`, where there is something to replace."""
@@ -155,9 +179,11 @@ class Substitution:
         The layer copies what it is given anyway, so the prefix costs no copy of its own. None for any other layer.
         """
         count = self.sites.whole
-        if not count or self.past or cache.offloading or not layer < len(cache.layers):
-            return None
-        empty = cache.layers[layer]
+        if not count or self.past or cache.offloading or torch.compiler.is_compiling():
+            return None  # a compiler fuses `write` into what makes the keys, and reads one tensor for all layers
+        if layer == len(cache.layers) and cache.layer_class_to_replicate is DynamicLayer:
+            cache.layers.append(DynamicLayer())  # as `Cache.update` does
+        empty = cache.layers[layer] if layer < len(cache.layers) else None
         if type(empty) is not DynamicLayer or empty.is_initialized or layer not in self.intact.kv.layers:
             return None
         self.seen.add(layer)
@@ -167,15 +193,23 @@ class Substitution:
         return key.narrow(2, count, after), value.narrow(2, count, after)
 
     def _put(self, key: Tensor, value: Tensor, layer: int, sites: Sites) -> tuple[Tensor, Tensor]:
+        intact_key, intact_value = self._intact(layer, key, value)
+        self.seen.add(layer)
+        if not torch.compiler.is_compiling() and key.data_ptr() == value.data_ptr():
+            key = key.clone()  # a layer whose values are its keys: written in turns
+        return put(key, intact_key, sites, layer=layer), put(value, intact_value, sites, layer=layer)
+
+    def _intact(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Key and value of `layer`, `(prefix, head, dim)`."""
+        stack = self.stack if torch.compiler.is_compiling() else None
+        places = {(x.device, x.dtype) for x in (key, value)}
+        if stack is not None and layer < len(stack) and places == {(stack.device, stack.dtype)}:
+            return stack[layer, 0].transpose(0, 1), stack[layer, 1].transpose(0, 1)
         if layer not in self.intact.kv.layers:
             raise IntactKVError(
                 f"layer {layer} has keys and values but the intact KV holds none for it; capture it from this model"
             )
-        self.seen.add(layer)
-        intact_key, intact_value = self.intact.like(layer, key, value)
-        if key.data_ptr() == value.data_ptr():  # a layer whose values are its keys: written in turns
-            key = key.clone()
-        return put(key, intact_key, sites, layer=layer), put(value, intact_value, sites, layer=layer)
+        return self.intact.like(layer, key, value)
 
     def _neutral(self, x: Tensor) -> Tensor:
         """`x` with prefix tokens replaced by the chunk's last token, or by zeros in a row that is all prefix."""
@@ -188,33 +222,55 @@ class Substitution:
 
     def logits(self, output: Float[Tensor, "batch kept vocab"]) -> Float[Tensor, "batch kept vocab"]:
         """The output embedding's result with the artifact's logits at prefix positions; in place if nothing learns."""
-        keep = self.logits_to_keep
-        if isinstance(keep, int) and keep and 0 < self.sites.whole <= self.length - keep and output.shape[1] == keep:
-            return output  # no prefix position is kept, as in `generate`, which keeps the last one only
+        keep, count, first = self.logits_to_keep, self.sites.whole, self._first_kept
+        if first is not None and count:
+            self._check_logits(output, self.length - first)
+            if count <= first:
+                return output  # no prefix position is kept, as in `generate`, which keeps the last one only
+            intact = self._intact_logits(output)[first:count]
+            if torch.is_grad_enabled():
+                return torch.cat([intact.expand(len(output), -1, -1), output[:, count - first :]], dim=1)
+            output[:, : count - first] = intact
+            return output
         kept = torch.arange(self.length, device=output.device)
         if isinstance(keep, int):
             kept = kept[-keep:] if keep else kept
         else:
             chosen = keep.to(output.device)
             kept = chosen.nonzero()[:, 0] if chosen.dtype == torch.bool else chosen % self.length
-        if output.ndim != 3 or output.shape[1] != len(kept):
+        self._check_logits(output, len(kept))
+        intact, sites = self._intact_logits(output), self.sites.to(output.device)
+        at = torch.full((self.length,), -1, device=output.device)
+        at[kept] = torch.arange(len(kept), device=output.device)
+        here = at[sites.col] >= 0
+        where = (sites.row[here], at[sites.col[here]])
+        intact = intact[sites.index[here]]
+        return output.index_put(where, intact) if torch.is_grad_enabled() else output.index_put_(where, intact)
+
+    @property
+    def _first_kept(self) -> int | None:
+        """The first position that gets logits; None where the call names positions one by one."""
+        keep = self.logits_to_keep
+        if not isinstance(keep, int):
+            return None
+        return max(0, self.length - keep) if keep else 0
+
+    @staticmethod
+    def _check_logits(output: Tensor, kept: int) -> None:
+        if output.ndim != 3 or output.shape[1] != kept:
             raise RuntimeError(
-                f"the output embedding gave shape {tuple(output.shape)} for {len(kept)} kept positions, so prefix "
+                f"the output embedding gave shape {tuple(output.shape)} for {kept} kept positions, so prefix "
                 "logits cannot be put in their place; this model's head is not supported"
             )
-        intact = self.intact.logits(output)
+
+    def _intact_logits(self, output: Tensor) -> Float[Tensor, "prefix vocab"]:
+        intact = self.intact.logits(output.device, output.dtype)
         if output.shape[2] != intact.shape[1]:
             raise IntactKVError(
                 f"the model has {output.shape[2]} output tokens, the intact KV was captured with {intact.shape[1]}; "
                 "capture it from the full-precision form of this model"
             )
-        sites = self.sites.to(output.device)
-        at = torch.full((self.length,), -1, device=output.device)
-        at[kept] = torch.arange(len(kept), device=output.device)
-        here = at[sites.col] >= 0
-        where = (sites.row[here], at[sites.col[here]])
-        put_ = output.index_put if torch.is_grad_enabled() else output.index_put_
-        return put_(where, intact[sites.index[here]])
+        return intact
 
 
 class PassThrough(DynamicCache):
@@ -235,9 +291,13 @@ def put(
 ) -> Float[Tensor, "batch head token dim"]:
     """`x` with `intact` at `sites`, differentiable in both; in place where that is one plain slice and nothing learns.
 
+    A compiler decides itself what it writes in place.
+
     `layer` is named if the shapes do not fit.
     """
     _check_shape(x, intact, layer)
+    if sites.whole and torch.compiler.is_compiling():
+        return x.slice_scatter(_beginning(intact, x, sites.whole, layer), 2, 0, sites.whole)
     if sites.whole and not torch.is_grad_enabled() and 0 not in x.stride():  # 0: heads or rows that share memory
         x.narrow(2, 0, sites.whole).copy_(intact.narrow(0, 0, sites.whole).transpose(0, 1))
         return x
