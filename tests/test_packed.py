@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -523,6 +523,39 @@ def test_a_compiled_step_equals_its_parts_and_is_compiled_once(name: str) -> Non
         torch.testing.assert_close(whole, parts, rtol=0, atol=1e-5)
         made.append(graphs["unique_graphs"])
     assert made[0] == made[2]
+
+
+def decoded(packing: Packing, steps: int) -> Iterator[tuple[PackedLayer, LazyStates]]:
+    """A layer after each of so many decoding steps behind a prompt of 100 tokens, three rows, and the keys it gave."""
+    cache = PackedCache(TINY.config, packing)
+    cache.rows.tell(torch.ones(3, 100, dtype=torch.bool), 0)
+    cache.update(*torch.randn(2, 3, 2, 100, 128), 0)
+    for _ in range(steps):
+        key, _ = cache.update(*torch.randn(2, 3, 2, 1, 128), 0)
+        assert isinstance(key, LazyStates)
+        yield cache.layers[0], key
+
+
+@pytest.mark.parametrize("packing", STEPS.values(), ids=list(STEPS))
+def test_a_buffer_is_never_full(packing: Packing) -> None:
+    """A full one has other strides, of one piece, for which a compiled read would be compiled anew."""
+    grown = set()
+    for layer, _ in decoded(packing, 100):
+        for store in layer.stores:
+            grown.add(len(store.codes[0, 0]))
+            assert store.used < len(store.codes[0, 0])
+            assert not any(x.is_contiguous() for x in (store.view(layer.runs[0]).codes, store.view(layer.runs[0]).low))
+    assert len(grown) > 1
+
+
+@pytest.mark.slow
+def test_a_growing_buffer_is_read_by_the_same_compiled_step() -> None:
+    graphs, made = torch._dynamo.utils.counters["stats"], set()
+    for _, key in decoded(STEPS["one scale"], 100):
+        assert isinstance(key.stored, Stored)
+        assert fused_attention(torch.randn(3, 6, 1, 128), key.stored) is not None
+        made.add(graphs["unique_graphs"])
+    assert len(made) == 1
 
 
 @pytest.mark.slow

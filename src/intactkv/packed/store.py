@@ -154,9 +154,9 @@ class Store:
         return sum(t.numel() * t.element_size() for t in (self.codes, self.scale, self.low))
 
     def reserve(self, slots: int) -> None:
-        """Make room for `slots` slots in all, and for some more."""
+        """Make room for `slots` slots in all, and for some more: a full buffer's strides would be compiled anew."""
         capacity = self.codes.shape[2]
-        if slots <= capacity:
+        if slots < capacity:
             return
         # the first call allocates for a prompt and a short answer; later ones grow by a share of the whole
         wanted = max(slots, int(capacity * GROWTH)) + 64
