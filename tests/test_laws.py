@@ -72,6 +72,30 @@ def test_a_models_own_intact_kv_changes_nothing(trio: Any, figure: Any) -> None:
             figure(architecture.name, "self", gap)
 
 
+@pytest.mark.slow
+@torch.no_grad()
+def test_a_compiled_prefill_equals_the_eager_one(trio: Any) -> None:
+    """Each forward compiled as far as the architecture allows; what is cached is the same too."""
+    architecture, _, model, kv = trio
+    frames = torch._dynamo.utils.counters["frames"]
+    torch._dynamo.reset()
+    frames.clear()
+    with attach(model, kv):
+        compiled = torch.compile(model, backend="aot_eager")
+        for use_cache in (True, False):
+            got, want = (call(prompts(), use_cache=use_cache) for call in (compiled, model))
+            assert differ(got.logits, want.logits) <= architecture.tolerance
+            if use_cache:
+                layers = zip(got.past_key_values.layers, want.past_key_values.layers, strict=True)
+                assert any(isinstance(getattr(one, "keys", None), Tensor) for one in want.past_key_values.layers)
+                for ours, other in layers:
+                    for name in ("keys", "values"):
+                        if isinstance(getattr(other, name, None), Tensor):
+                            assert differ(getattr(ours, name), getattr(other, name)) <= architecture.tolerance
+    assert frames["ok"] > 0
+    torch._dynamo.reset()
+
+
 @torch.no_grad()
 def test_detach_leaves_no_trace(trio: Any) -> None:
     _, _, model, kv = trio
