@@ -405,6 +405,12 @@ def one_step(packing: Packing, tokens: int, *, dtype: torch.dtype, start: int = 
     return torch.randn(2, 6, 1, 128, generator=g).to(dtype) / 128**0.5, lazy.stored
 
 
+@pytest.fixture
+def not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layout's functions as they are written, since compiling them takes seconds."""
+    monkeypatch.setattr(fused, "compiled", lambda known, written_out, constants=(): written_out(known))
+
+
 STEPS = {
     "one scale": Packing(bits=4, keep=4),
     "none kept": Packing(bits=2, group_size=32),
@@ -416,11 +422,9 @@ STEPS = {
 
 @pytest.mark.parametrize("packing", STEPS.values(), ids=list(STEPS))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_step_written_out_as_one_equals_its_parts(
-    packing: Packing, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("not_compiled")
+def test_a_step_written_out_as_one_equals_its_parts(packing: Packing, dtype: torch.dtype) -> None:
     query, stored = one_step(packing, 200, dtype=dtype)
-    monkeypatch.setattr(fused, "compiled", lambda known, written_out, constants=(): written_out(known))
     whole = fused_attention(query, stored)
     parts = _attend_stored(query, stored, mask=None, softcap=None, sinks=None, compile=False)
     assert whole is not None
@@ -478,10 +482,8 @@ TAKING = {"one scale": {}, "grouped": {"group_size": 32, "keep": 2}}
 @pytest.mark.parametrize("kind", TAKING.values(), ids=list(TAKING))
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_token_is_packed_alike_by_its_read_and_without(
-    bits: int, kind: dict[str, Any], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(fused, "compiled", lambda known, written_out, constants=(): written_out(known))
+@pytest.mark.usefixtures("not_compiled")
+def test_a_token_is_packed_alike_by_its_read_and_without(bits: int, kind: dict[str, Any], dtype: torch.dtype) -> None:
     packed_by_reading(Packing(bits=bits, **kind), dtype)
 
 
@@ -492,8 +494,8 @@ def test_a_token_is_packed_alike_by_its_compiled_read(bits: int, kind: str) -> N
         packed_by_reading(Packing(bits=bits, **TAKING[kind]), dtype)
 
 
-def test_a_late_read_packs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused, "compiled", lambda known, written_out, constants=(): written_out(known))
+@pytest.mark.usefixtures("not_compiled")
+def test_a_late_read_packs_nothing() -> None:
     for change in (
         lambda cache: cache.update(*torch.randn(2, 2, 2, 1, 128), 0),
         lambda cache: cache.crop(-1),

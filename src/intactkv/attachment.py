@@ -164,7 +164,8 @@ class Attachment:
 
         plan = self._plan(model, arguments, past, progress, caches=caches)
         call = Substitution(self._intact, plan.sites, past, plan.length, arguments.get("logits_to_keep", 0))
-        call.prepare(model.device, model.dtype)
+        if plan.sites.whole:
+            call.prepare(model.device, model.dtype)
         if plan.positions is not None:
             arguments["position_ids"] = plan.positions
         if caches:

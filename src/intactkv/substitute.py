@@ -79,7 +79,7 @@ class IntactTensors:
 
         A compiled forward guards every tensor that it reads: this is one instead of four for each layer.
         """
-        if not self._alike or any(key.requires_grad or value.requires_grad for key, value in self.kv.layers.values()):
+        if not self._alike or not all(map(self._frozen, self.kv.layers)):
             return None
         if (device, dtype) not in self._stacked:
             with torch.inference_mode(False):
@@ -114,11 +114,13 @@ class Substitution:
     _opened: list[GradientCheckpointingLayer] = field(default_factory=list)
 
     def prepare(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Put in place what a compiled forward reads; done while it is traced, it would be traced once more after."""
-        if self.sites.whole:
-            self.stack = self.intact.stacked(device, dtype)
-            if (self._first_kept or 0) < self.sites.whole:
-                self.intact.logits(device, dtype)
+        """Put in place what a compiled forward of whole `sites` reads, for it to be traced only once.
+
+        What is remembered while a forward is traced changes its guards, and the next one is traced again.
+        """
+        self.stack = self.intact.stacked(device, dtype)
+        if (self._first_kept or 0) < self.sites.whole:
+            self.intact.logits(device, dtype)
 
     def enter(self, cache: Cache, progress: Progress) -> None:
         """Shadow `cache.update` until `leave`, where there is something to replace."""
@@ -202,9 +204,10 @@ class Substitution:
     def _intact(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Key and value of `layer`, `(prefix, head, dim)`."""
         stack = self.stack if torch.compiler.is_compiling() else None
-        places = {(x.device, x.dtype) for x in (key, value)}
-        if stack is not None and layer < len(stack) and places == {(stack.device, stack.dtype)}:
-            return stack[layer, 0].transpose(0, 1), stack[layer, 1].transpose(0, 1)
+        if stack is not None and layer < len(stack):
+            pair = stack[layer].transpose(1, 2)
+            if all((x.device, x.dtype) == (pair.device, pair.dtype) for x in (key, value)):
+                return pair[0], pair[1]
         if layer not in self.intact.kv.layers:
             raise IntactKVError(
                 f"layer {layer} has keys and values but the intact KV holds none for it; capture it from this model"
@@ -222,7 +225,7 @@ class Substitution:
 
     def logits(self, output: Float[Tensor, "batch kept vocab"]) -> Float[Tensor, "batch kept vocab"]:
         """The output embedding's result with the artifact's logits at prefix positions; in place if nothing learns."""
-        keep, count, first = self.logits_to_keep, self.sites.whole, self._first_kept
+        count, first = self.sites.whole, self._first_kept
         if first is not None and count:
             self._check_logits(output, self.length - first)
             if count <= first:
@@ -232,11 +235,9 @@ class Substitution:
                 return torch.cat([intact.expand(len(output), -1, -1), output[:, count - first :]], dim=1)
             output[:, : count - first] = intact
             return output
-        kept = torch.arange(self.length, device=output.device)
-        if isinstance(keep, int):
-            kept = kept[-keep:] if keep else kept
-        else:
-            chosen = keep.to(output.device)
+        kept = torch.arange(self.length, device=output.device)[first or 0 :]
+        if isinstance(self.logits_to_keep, Tensor):
+            chosen = self.logits_to_keep.to(output.device)
             kept = chosen.nonzero()[:, 0] if chosen.dtype == torch.bool else chosen % self.length
         self._check_logits(output, len(kept))
         intact, sites = self._intact_logits(output), self.sites.to(output.device)
@@ -251,9 +252,7 @@ class Substitution:
     def _first_kept(self) -> int | None:
         """The first position that gets logits; None where the call names positions one by one."""
         keep = self.logits_to_keep
-        if not isinstance(keep, int):
-            return None
-        return max(0, self.length - keep) if keep else 0
+        return slice(-keep, None).indices(self.length)[0] if isinstance(keep, int) else None
 
     @staticmethod
     def _check_logits(output: Tensor, kept: int) -> None:
@@ -291,9 +290,7 @@ def put(
 ) -> Float[Tensor, "batch head token dim"]:
     """`x` with `intact` at `sites`, differentiable in both; in place where that is one plain slice and nothing learns.
 
-    A compiler decides itself what it writes in place.
-
-    `layer` is named if the shapes do not fit.
+    A compiler decides itself what it writes in place. `layer` is named if the shapes do not fit.
     """
     _check_shape(x, intact, layer)
     if sites.whole and torch.compiler.is_compiling():

@@ -92,6 +92,14 @@ def quantize(
     return codes.flatten(-2), scale, low
 
 
+def packed_per_token(
+    x: Float[Tensor, "*axes dim"], *, bits: int, group_size: int | None = None
+) -> tuple[UInt8[Tensor, "*axes bytes"], Float[Tensor, "*axes group"], Float[Tensor, "*axes group"]]:
+    """`quantize`, its codes packed: what a cache stores of tokens that have scales of their own."""
+    codes, scale, low = quantize(x, bits=bits, group_size=group_size)
+    return pack(codes, bits), scale, low
+
+
 def quantize_channels(
     x: Float[Tensor, "batch head token dim"], *, bits: int, token_group: int, hidden: Tensor | None = None
 ) -> tuple[

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from intactkv.packed.attention import Partial, Step, attend, whole_groups
-from intactkv.packed.bits import pack, planes, quantize
+from intactkv.packed.bits import packed_per_token, planes
 from intactkv.packed.lazy import Rounded, Stored
 from intactkv.packed.store import Packed
 
@@ -195,16 +195,13 @@ def whole_step(known: Layout) -> Callable[..., tuple[Tensor, Rounded, Rounded]]:
     attend_all = whole_attention(known)
 
     def step(*tensors: Any) -> tuple[Tensor, Rounded, Rounded]:
-        key, value = (_packed(known, i, x[:, :, -1:]) for i, x in enumerate(tensors[-2:]))
+        key, value = (
+            packed_per_token(x[:, :, -1:], bits=known.bits, group_size=group)
+            for x, group in zip(tensors[-2:], known.groups, strict=True)
+        )
         return attend_all(*tensors), key, value
 
     return step
-
-
-def _packed(known: Layout, which: int, x: Tensor) -> Rounded:
-    """`x` as a store with scales per token holds it."""
-    codes, scale, low = quantize(x, bits=known.bits, group_size=known.groups[which])
-    return pack(codes, known.bits), scale, low
 
 
 def _fix(known: Layout, query: Tensor, codes: Tensor, v_codes: Tensor) -> None:

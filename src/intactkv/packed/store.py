@@ -32,7 +32,7 @@ from intactkv.packed.bits import (
     dequantize_channels,
     pack,
     packed_bytes,
-    quantize,
+    packed_per_token,
     quantize_channels,
 )
 
@@ -107,10 +107,9 @@ class Store:
 
     def rounded(self, x: Tensor, hidden: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Packed codes, scale and low of `x` as this store holds them."""
-        if self.token_group:
-            codes, scale, low = quantize_channels(x, bits=self.bits, token_group=self.token_group, hidden=hidden)
-        else:
-            codes, scale, low = quantize(x, bits=self.bits, group_size=self.group_size)
+        if not self.token_group:
+            return packed_per_token(x, bits=self.bits, group_size=self.group_size)
+        codes, scale, low = quantize_channels(x, bits=self.bits, token_group=self.token_group, hidden=hidden)
         return pack(codes, self.bits), scale, low
 
     def put(self, codes: Tensor, scale: Tensor, low: Tensor) -> int:
