@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Int
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
@@ -47,7 +48,7 @@ def capture(
     head = model.get_output_embeddings()
     if head is None:
         raise IntactKVError(f"{type(model).__name__} has no output embedding; load it with AutoModelForCausalLM")
-    prefix = _checked_ids(ids, model.config.get_text_config(decoder=True).vocab_size)
+    prefix = checked_ids(ids, model.config.get_text_config(decoder=True).vocab_size)
 
     raw: list[Tensor] = []
     handle = head.register_forward_hook(lambda module, args, output: raw.append(output[0].detach().cpu().clone()))
@@ -93,7 +94,8 @@ def _loaded(path: str | os.PathLike[str]) -> PreTrainedModel:
         ) from error
 
 
-def _checked_ids(ids: Sequence[int] | Tensor, vocab: int) -> Tensor:
+def checked_ids(ids: Sequence[int] | Tensor, vocab: int) -> Int[Tensor, "prefix"]:
+    """A prefix as int64 ids on the CPU. Raises `IntactKVError` for what is no flat list of a vocabulary's ids."""
     try:
         prefix = torch.as_tensor(ids, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:

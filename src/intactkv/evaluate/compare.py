@@ -204,6 +204,18 @@ def three_arms(
     return evaluate(full, arms, windows, batch_size=batch_size, block_mse=block_mse, progress=progress)
 
 
+@torch.inference_mode()
+def perplexity(arm: Arm, windows: Windows) -> float:
+    """exp of the mean negative log-likelihood of the scored tokens, one window at a time."""
+    total, count = 0.0, 0
+    for ids, scored in zip(windows.ids.cpu().split(1), windows.scored.cpu().split(1), strict=True):
+        logits, _ = forward(arm, ids, hidden=False)
+        labels = ids.roll(-1, dims=1).to(logits.device)
+        nll = at_labels(full_metrics(logits, labels), scored, name=arm.name).nll
+        total, count = total + float(nll.double().nansum()), count + int(scored.sum())
+    return math.exp(min(total / count, 700.0))
+
+
 def _measure_batch(
     full: PreTrainedModel,
     arms: Sequence[Arm],

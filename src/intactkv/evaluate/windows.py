@@ -102,6 +102,11 @@ def paper_windows(tokens: Int[Tensor, "token"] | Sequence[int], *, bos: int, win
     return _scored_from(ids, first=2)
 
 
+def scored_after(ids: Int[Tensor, "window length"], prefix: int) -> Windows:
+    """Windows that begin with a prefix of so many tokens already, scored as in `prefixed_windows`."""
+    return _scored_from(ids, first=prefix + 1)
+
+
 def _stream(ids: Tensor | Sequence[int], *, name: str) -> Int[Tensor, "token"]:
     """`ids` as one int64 vector on the CPU."""
     vector = torch.as_tensor(ids)

@@ -98,6 +98,25 @@ def outside(measured: PivotMap, prefix: int) -> Counter[int]:
     return Counter(measured.ids[:, prefix:][massive].tolist())
 
 
+def without_pivot(model: PreTrainedModel, windows: Int[Tensor, "window token"], *, size: int) -> str | None:
+    """One sentence where the first `size` tokens of `windows` hold no pivot while later ones are pivots; else None.
+
+    An intact KV of such a prefix does nothing. Seen in Qwen2.5, whose pivot is any first token but `<|endoftext|>`.
+    """
+    measured = measure(model, windows)
+    inside, beyond = measured.strength[:, :size].amax(1), measured.strength[:, size:].amax(1)
+    if float(inside.median()) >= PIVOT or float((beyond >= PIVOT).float().mean()) < ALWAYS:
+        return None
+    window = int(beyond.argmax())
+    at = size + int(measured.strength[window, size:].argmax())
+    return (
+        f"the prefix {windows[0, :size][:8].tolist()} holds no pivot (its hidden states reach {float(inside.median()):.1f} "
+        f"times the median token's), while token {int(windows[window, at])} at position {at} does "
+        f"({float(beyond.max()):.0f} times): keeping this prefix intact does next to nothing; begin prompts with another "
+        "token, as the chat template does, or let `--prefix auto` find one"
+    )
+
+
 def sinks(measured: PivotMap, *, most: int = 10) -> list[Sink]:
     """The strongest sinks that are neither among the first tokens nor pivots; a quarter of the window must follow."""
     attending = ~measured.received[:, :, 0].isnan().all(1)

@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -32,18 +33,21 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from intactkv.capturing import capture
-from intactkv.evaluate.windows import prefixed_windows
-from intactkv.kv import IntactKVError, weights_digest
+from intactkv.capturing import capture, checked_ids
+from intactkv.evaluate.compare import Arm, perplexity
+from intactkv.evaluate.windows import Windows, prefixed_windows, scored_after
+from intactkv.kv import IntactKV, IntactKVError, uncovered_layers, weights_digest
 from intactkv.load import load_with_losses
-from intactkv.quantize.compress import compress_
+from intactkv.pivots.classify import without_pivot
+from intactkv.plain import PREFIX_KV, RECIPE
+from intactkv.quantize.aware import PrefixAware
+from intactkv.quantize.compress import batches, compress_
 from intactkv.quantize.methods import Method, recipe
 from intactkv.quantize.quiet import quiet
 
-PREFIX_KV = "prefix.intactkv.safetensors"
-RECIPE = "intactkv.json"
 _TOKENIZER_FILES = ("*token*", "vocab*", "merges*", "chat_template*", "*.model", "*.tiktoken")
 _WINDOW, _WINDOWS = 512, 128
+_JUDGED = 8  # windows that say what a checkpoint loses without its KV
 
 
 def quantize(
@@ -53,26 +57,35 @@ def quantize(
     method: Method,
     calibration: Int[Tensor, "window token"] | str | None = None,
     prefix: Sequence[int] | Tensor | None = None,
+    prefix_weight: float | None = None,
+    dtype: torch.dtype | str = "auto",
     progress: Callable[[int, int], None] | None = None,
 ) -> Path:
     """Quantize the Linear layers of `model` by `method` and save a compressed-tensors checkpoint in folder `out`.
 
-        quantize("Llama-3.1-8B", "Llama-3.1-8B-W3", method=AWQ(bits=3), calibration=text, prefix=bos(tokenizer))
+        quantize("Llama-3.1-8B", "Llama-3.1-8B-W3", method=GPTQ(bits=3), calibration=text, prefix=bos(tokenizer))
         model = load_model("Llama-3.1-8B-W3")
         attach(model, IntactKV.load("Llama-3.1-8B-W3/prefix.intactkv.safetensors"))
 
     `model` is a folder, a name on the Hub, or a model in memory, and stays as it is. Embeddings and output
-    head are not quantized. llm-compressor works in the model's own dtype: in bfloat16 the error can exceed
-    scale/2, at 8 bits two- to threefold. Tokenizer files come along unless the model was in memory.
+    head are not quantized. llm-compressor works in `dtype`, by default the one the model was saved in: in bfloat16 the
+    error can exceed scale/2, at 8 bits two- to threefold. It uses an accelerator if there is one. Tokenizer files come
+    along unless the model was in memory.
 
-    `calibration` are token windows, or a text, of which the first 128 windows of at most 512 tokens are taken, each
-    beginning with the prefix or else with BOS. With `prefix` ids, the folder also holds their intact KV, computed by
-    the full model after the method's transforms and before its rounding: this, and not the full model's own, fits
-    this checkpoint. `intactkv.json` in it says how it was made. `progress(done, total)` counts blocks.
+    `calibration` are token windows, or a text, of which the first 128 windows of 512 tokens (more after a long
+    prefix) are taken, each beginning with the prefix or else with BOS. With `prefix` ids, the folder also holds their
+    intact KV, computed by the full model after the method's transforms and before its rounding: this, and not the full
+    model's own, fits this checkpoint. `intactkv.json` in it says how it was made. `progress(done, total)` counts blocks.
+
+    With a prefix, a method that learns from text is shown it as the served model will see it: prefix tokens do not
+    count, and later tokens read their intact keys and values. **Such a checkpoint wants its KV**: with its own prefix,
+    or for prompts without one, it is worse than the ordinary checkpoint, which `prefix_weight=1` makes. In between it is
+    the share of windows shown the ordinary way; 0 unless given, or 1 where layers keep states that no KV covers.
 
     Raises IntactKVError when llm-compressor is missing, `out` is not empty, `model` cannot be read, is
     quantized already, has nothing to quantize or does not fit `method`, where calibration is needed and not given,
-    or where transformers cannot load the result back.
+    where windows do not begin with the prefix or are no longer than it, for a weight outside 0 to 1 or one that the
+    method or the model cannot have, or where transformers cannot load the result back.
     """
     out = Path(out)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
@@ -82,7 +95,9 @@ def quantize(
     if method.needs_calibration and calibration is None:
         name = type(method).__name__
         raise IntactKVError(f"{name} learns from text and calibration is None; give token windows, or use RTN")
+    _check_weight(prefix_weight, method, prefix)
     out.parent.mkdir(parents=True, exist_ok=True)
+    said: list[str] = []
     with quiet(), tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
         checkpoint = Path(scratch) / "quantized"
         if isinstance(model, PreTrainedModel):  # llm-compressor works in place: give it a model of its own
@@ -91,22 +106,117 @@ def quantize(
             model.save_pretrained(source)
         else:
             source, name = Path(model), str(model)
-        full, tokenizer = _load(source), _tokenizer(source)
-        windows = _windows(calibration, full, tokenizer, prefix) if method.needs_calibration else None
-        _write(full, checkpoint, method, windows, _keeper(full, prefix, tokenizer, checkpoint, name), progress)
+        full, tokenizer = _load(source, dtype), _tokenizer(source)
+        ids = None if prefix is None else checked_ids(prefix, full.config.get_text_config(decoder=True).vocab_size)
+        windows, held_out = _windows(calibration, full, tokenizer, ids) if method.needs_calibration else (None, None)
+        weight = None if ids is None or windows is None else _weight(full, ids, windows, prefix_weight, said)
+        aware = None if weight is None or weight == 1 else _aware(method, windows, len(ids), weight)
+        judged = None if aware is None else scored_after(held_out, len(ids))
+        plain = None if judged is None else perplexity(Arm("full", full), judged)
+        keep = _keeper(full, ids, tokenizer, checkpoint, name, aware)
+        method = compress_(
+            full, method, windows, aware=aware, transformed=None if keep is None else partial(keep, method.basis),
+            progress=progress,
+        )  # fmt: skip
+        full.save_pretrained(checkpoint, save_compressed=True)
         del full
-        _record(checkpoint, method, windows, prefix)
-        _check_loads(checkpoint)
+        # Its YAML names Python objects, which no safe loader reads; `intactkv.json` says more.
+        (checkpoint / "recipe.yaml").unlink()
+        quantized = _loaded_back(checkpoint)
+        wants = None
+        if aware is not None:
+            wants = {"weight": weight, "prefix": ids.tolist(), "perplexity": None}
+            wants["perplexity"] = {"full": plain, **_with_and_without(quantized, checkpoint / PREFIX_KV, judged, wants)}
+        del quantized
+        _record(checkpoint, method, windows, ids, wants)
         _copy_tokenizer(source, tokenizer, checkpoint)
         checkpoint.replace(out)
+    for sentence in said:
+        warnings.warn(sentence, stacklevel=2)
     return out
 
 
-def _load(source: Path) -> PreTrainedModel:
-    """The full model, fresh from its checkpoint, in the dtype it was saved in."""
+def _check_weight(weight: float | None, method: Method, prefix: Any) -> None:
+    """Refuse a weight of prefix tokens that is none, that says nothing, or that the method cannot take."""
+    if weight is None:
+        return
+    if not 0 <= weight <= 1:
+        raise IntactKVError(
+            f"prefix_weight={weight} must lie between 0 (prefix tokens do not count) and 1 (the ordinary checkpoint)"
+        )
+    if prefix is None:
+        raise IntactKVError(f"prefix_weight={weight} says how much prefix tokens count and prefix is None; give its ids")
+    if not method.needs_calibration and weight < 1:
+        raise IntactKVError(
+            f"{type(method).__name__} learns nothing from text, so that no token counts (prefix_weight={weight}); "
+            "leave it out, or use a method that learns"
+        )
+    if 0 < weight < 1 and not method.weighs:
+        raise IntactKVError(
+            f"{type(method).__name__} cannot let prefix tokens count in part (prefix_weight={weight}): it learns ranges, "
+            "or from batches of its own; use 0 or 1"
+        )
+
+
+def _weight(
+    full: PreTrainedModel, ids: Tensor, windows: Int[Tensor, "window token"], asked: float | None, said: list[str]
+) -> float:
+    """How much prefix tokens count. Says where nothing can be gained, refuses what would be wrong."""
+    length = windows.shape[1]
+    if length <= len(ids):
+        raise IntactKVError(
+            f"the prefix of {len(ids)} tokens leaves nothing of calibration windows of {length}; give longer windows"
+        )
+    if not (windows[:, : len(ids)] == ids).all():
+        row = int((windows[:, : len(ids)] != ids).any(1).nonzero()[0])
+        raise IntactKVError(
+            f"calibration window {row} does not begin with the prefix {ids[:8].tolist()}; cut the text with "
+            "prefixed_windows(tokens, prefix=…, window=…).ids"
+        )
+    uncovered = uncovered_layers(capture(full, ids), full.config)
+    if uncovered and asked is not None and asked < 1:
+        raise IntactKVError(
+            f"layers {uncovered} of {full.config.model_type} keep a state that no intact KV covers, so that later tokens "
+            f"read prefix tokens there and these must count; leave prefix_weight={asked} out, or use 1"
+        )
+    if uncovered:
+        said.append(
+            f"layers {uncovered} of {full.config.model_type} keep a state that no intact KV covers: prefix tokens count "
+            "as in an ordinary checkpoint"
+        )
+    misplaced = without_pivot(full, windows[:4, :256], size=len(ids))
+    if misplaced:
+        said.append(misplaced)
+    return (1.0 if uncovered else 0.0) if asked is None else float(asked)
+
+
+def _aware(method: Method, windows: Int[Tensor, "window token"], size: int, weight: float) -> PrefixAware:
+    """What the method is shown: `weight` of all windows, evenly spread, the ordinary way."""
+    count = torch.arange(1, len(windows) + 1, dtype=torch.float64) * weight
+    ordinary = (count + 1e-9).floor().diff(prepend=torch.zeros(1, dtype=torch.float64)) > 0
+    sizes = [len(batch) for batch in batches(windows, method)]
+    return PrefixAware(size, windows.shape[1], list(ordinary.split(sizes)))
+
+
+def _with_and_without(
+    quantized: PreTrainedModel, kv_file: Path, judged: Windows, wants: dict[str, Any]
+) -> dict[str, Any]:
+    """The quantized model's perplexity with its intact KV and with its own prefix; the KV's file says it too."""
+    kv = IntactKV.load(kv_file)
+    found = {
+        "with_kv": perplexity(Arm("intact", quantized, kv), judged),
+        "without_kv": perplexity(Arm("own", quantized), judged),
+        "windows": len(judged),
+    }
+    replace(kv, provenance={**kv.provenance, "prefix_aware": {**wants, "perplexity": found}}).save(kv_file)
+    return found
+
+
+def _load(source: Path, dtype: torch.dtype | str) -> PreTrainedModel:
+    """The full model, fresh from its checkpoint."""
     try:
         _refuse_quantized(AutoConfig.from_pretrained(source))
-        return AutoModelForCausalLM.from_pretrained(source, dtype="auto").eval()
+        return AutoModelForCausalLM.from_pretrained(source, dtype=dtype).eval()
     except IntactKVError:
         raise
     except (OSError, ValueError, SafetensorError) as error:
@@ -129,18 +239,20 @@ def _windows(
     calibration: Any,
     full: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
-    prefix: Sequence[int] | Tensor | None,
-) -> Int[Tensor, "window token"]:
-    """The calibration as checked token windows on the CPU."""
+    prefix: Tensor | None,
+) -> tuple[Int[Tensor, "window token"], Int[Tensor, "window token"]]:
+    """The calibration as checked token windows on the CPU, and a few more to judge by, held out where there are any."""
     config = full.config.get_text_config(decoder=True)
     if isinstance(calibration, str):
         if tokenizer is None:
             raise IntactKVError("calibration is text, but the model has no tokenizer beside it; give token windows")
         tokens = tokenizer(calibration, add_special_tokens=False, verbose=False).input_ids
-        start = [tokenizer.bos_token_id] if prefix is None else [int(token) for token in prefix]
+        start = [tokenizer.bos_token_id] if prefix is None else prefix.tolist()
         start = tokens[:1] if start == [None] else start
-        window = min(_WINDOW, getattr(config, "max_position_embeddings", _WINDOW), len(tokens) + len(start))
-        return prefixed_windows(tokens, prefix=start, window=window).ids[:_WINDOWS]
+        longest = getattr(config, "max_position_embeddings", None) or _WINDOW
+        window = min(max(_WINDOW, len(start) + _WINDOW // 2), longest, len(tokens) + len(start))
+        windows = prefixed_windows(tokens, prefix=start, window=window).ids
+        return windows[:_WINDOWS], windows[_WINDOWS : _WINDOWS + _JUDGED] if len(windows) > _WINDOWS else windows[-_JUDGED:]
     windows = torch.as_tensor(calibration).cpu()
     if windows.ndim != 2 or windows.dtype != torch.int64 or windows.numel() == 0:
         raise IntactKVError(
@@ -152,17 +264,21 @@ def _windows(
             f"calibration holds ids from {int(windows.min())} to {int(windows.max())}, outside the vocabulary of "
             f"{config.vocab_size}; tokenize with this model's tokenizer"
         )
-    return windows
+    return windows, windows[-_JUDGED:]
 
 
 def _keeper(
     full: PreTrainedModel,
-    prefix: Sequence[int] | Tensor | None,
+    prefix: Tensor | None,
     tokenizer: PreTrainedTokenizerBase | None,
     checkpoint: Path,
     name: str,
+    aware: PrefixAware | None,
 ) -> Callable[[str, PreTrainedModel], None] | None:
-    """What keeps the intact KV of the transformed model beside the checkpoint, or None without a prefix."""
+    """What keeps the intact KV of the transformed model beside the checkpoint, or None without a prefix.
+
+    `aware` is shown it.
+    """
     if prefix is None:
         return None
     origin = {"model": name, "weights": weights_digest(full)}  # of the full model as it was given
@@ -171,33 +287,23 @@ def _keeper(
         kv = capture(transformed, prefix, tokenizer=tokenizer)
         checkpoint.mkdir(exist_ok=True)
         replace(kv, provenance={**kv.provenance, **origin, "basis": basis}).save(checkpoint / PREFIX_KV)
+        if aware is not None:
+            aware.show(kv)
 
     return keep
-
-
-def _write(
-    full: PreTrainedModel,
-    checkpoint: Path,
-    method: Method,
-    windows: Int[Tensor, "window token"] | None,
-    keep: Callable[[str, PreTrainedModel], None] | None,
-    progress: Callable[[int, int], None] | None,
-) -> None:
-    """Quantize `full` in place, keep its intact KV on the way, and save it packed."""
-    transformed = None if keep is None else partial(keep, method.basis)
-    compress_(full, method, windows, transformed=transformed, progress=progress)
-    full.save_pretrained(checkpoint, save_compressed=True)
-    # Its YAML names Python objects, which no safe loader reads; `intactkv.json` says more.
-    (checkpoint / "recipe.yaml").unlink()
 
 
 def _record(
     checkpoint: Path,
     method: Method,
     windows: Int[Tensor, "window token"] | None,
-    prefix: Sequence[int] | Tensor | None,
+    prefix: Tensor | None,
+    wants: dict[str, Any] | None,
 ) -> None:
-    """Write `intactkv.json`: the method with its settings, its basis, the calibration's digest, the versions."""
+    """Write `intactkv.json`: the method with its settings, its basis, the calibration's digest, the versions.
+
+    `wants` says which prefix the checkpoint was made for, and what it loses without.
+    """
     learned = None
     if windows is not None:
         digest = hashlib.sha256(windows.contiguous().numpy().tobytes()).hexdigest()
@@ -206,7 +312,8 @@ def _record(
         **recipe(method),
         "basis": method.basis,
         "calibration": learned,
-        "prefix": None if prefix is None else [int(token) for token in prefix],
+        "prefix": None if prefix is None else prefix.tolist(),
+        "prefix_aware": wants,
         "versions": {name: _version(name) for name in ("intactkv", "llmcompressor", "compressed-tensors",
                                                        "auto-round", "transformers", "torch")},
     }  # fmt: skip
@@ -220,15 +327,16 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _check_loads(checkpoint: Path) -> None:
-    """Refuse what transformers would complete with random weights, such as Mixtral's and GPT-OSS's experts."""
+def _loaded_back(checkpoint: Path) -> PreTrainedModel:
+    """The checkpoint's model. Refuses what transformers would complete with random weights, such as GPT-OSS's experts."""
     try:
-        _, losses = load_with_losses(checkpoint)
+        model, losses = load_with_losses(checkpoint)
     except IntactKVError as error:
         raise IntactKVError(f"transformers cannot load the quantized model back: {error.__cause__ or error}") from error
     lost = sorted(name for names in losses.values() for name in names)
     if lost:
         raise IntactKVError(f"transformers cannot load the quantized {lost[0]} back; use another architecture")
+    return model
 
 
 def _copy_tokenizer(source: Path, tokenizer: PreTrainedTokenizerBase | None, checkpoint: Path) -> None:

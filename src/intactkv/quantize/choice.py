@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from intactkv.kv import IntactKVError
 from intactkv.quantize.methods import AWQ, GPTQ, RTN, AutoRound, Method, Rotated, SmoothQuant
@@ -15,11 +15,13 @@ def chosen(
     name: str,
     *,
     bits: int,
-    group_size: int,
+    group_size: int | Literal["auto"],
     activation_bits: int | None = None,
     kv_bits: int | None = None,
     symmetric: bool | None = None,
     rounding: str | None = None,
+    static_activations: bool = False,
+    float8: bool = False,
 ) -> Method:
     """The method called `name`, such as "awq"; `group_size` 0 is one group for a whole row.
 
@@ -28,6 +30,7 @@ def chosen(
     """
     settings: dict[str, Any] = {"bits": bits, "group_size": None if group_size == 0 else group_size}
     settings |= {"activation_bits": activation_bits, "kv_bits": kv_bits}
+    settings |= {"static_activations": static_activations, "float8": float8}
     if symmetric is not None:
         settings["symmetric"] = symmetric
     if name in _PLAIN:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -12,7 +13,8 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from intactkv.kv import IntactKVError
-from intactkv.quantize.methods import Method
+from intactkv.quantize.aware import PrefixAware
+from intactkv.quantize.methods import AWQ, Method, fitted
 from intactkv.quantize.quiet import patched
 
 # A transform must leave the function alone. Of the logits' spread, float32 leaves 1e-5 and bfloat16 some hundredths; an
@@ -26,13 +28,18 @@ def compress_(
     method: Method,
     calibration: Int[Tensor, "window token"] | None = None,
     *,
+    aware: PrefixAware | None = None,
     transformed: Callable[[PreTrainedModel], Any] | None = None,
     progress: Callable[[int, int], None] | None = None,
-) -> None:
+) -> Method:
     """Transform and round `full` by `method`, in place; its weights are rounded, not yet packed.
 
+    Returns `method` as it was done, with its group size where it was "auto".
+
     `transformed` is called once with the model after the transforms and before any rounding, which is switched off
-    for it. `progress(done, total)` counts blocks. Raises IntactKVError where the method does not fit the model.
+    for it; there `aware`, which says what steps are shown of the calibration, is given the intact KV. `aware` must
+    have been made for `batches(calibration, method)`. `progress(done, total)` counts blocks. Raises IntactKVError where
+    the method does not fit the model.
     """
     from llmcompressor import oneshot
     from llmcompressor.core import LifecycleCallbacks, create_session
@@ -42,7 +49,8 @@ def compress_(
     from intactkv.quantize.steps import Call
 
     linearize_moe(full)  # experts kept in one tensor become Linear layers; a dense model is left alone
-    ignore = _checked_targets(full, method)
+    widths, ignore = _targets(full)
+    method = fitted(method, widths)
     probe, before = _probe(full, calibration)
 
     def look(model: PreTrainedModel) -> None:
@@ -56,13 +64,16 @@ def compress_(
         count = _ticker(LifecycleCallbacks.sequential_epoch_end, steps, full, progress)
         no_tokenizer: Any = object()  # without one oneshot looks for its own, and fails where there is none
         # A method that learns nothing is shown something all the same: llm-compressor wants data to set up a KV cache.
-        data = _batches(calibration if calibration is not None and method.needs_calibration else probe, method)
+        shown = calibration if calibration is not None and method.needs_calibration else probe
+        masks = aware.masks if aware is not None and isinstance(method, AWQ) else None
         with (
             create_session(),
+            nullcontext() if aware is None else aware.opened(full),
             patched(IntermediatesCache, "pin_memory", _pin(IntermediatesCache)),
             patched(LifecycleCallbacks, "sequential_epoch_end", count),
         ):
-            oneshot(model=full, recipe=steps, dataset=data, processor=no_tokenizer)
+            data = _loader(batches(shown, method), masks)
+            oneshot(model=full, recipe=steps, dataset=data, processor=no_tokenizer, use_loss_mask=masks is not None)
     except IntactKVError:
         raise
     except (Exception, SystemExit) as error:  # llm-compressor raises whatever its parts do, AutoRound even exits
@@ -70,6 +81,7 @@ def compress_(
             f"llm-compressor's {type(method).__name__} fails on {type(full).__name__} ({_first_line(error)}); "
             "use RTN or another model"
         ) from error
+    return method
 
 
 def unrounded(function: Callable[[PreTrainedModel], Any]) -> Callable[[PreTrainedModel], None]:
@@ -90,15 +102,17 @@ def unrounded(function: Callable[[PreTrainedModel], Any]) -> Callable[[PreTraine
     return call
 
 
-def _checked_targets(full: PreTrainedModel, method: Method) -> list[str]:
-    """The names of Linear layers *not* to round: the output head's. Raises where there is nothing to round."""
+def _targets(full: PreTrainedModel) -> tuple[dict[str, int], list[str]]:
+    """The input widths of the Linear layers to round, by name, and the names of those *not* to: the output head's.
+
+    Raises where there is nothing to round.
+    """
     head = full.get_output_embeddings()
     layers = [(name, module) for name, module in full.named_modules() if type(module) is nn.Linear]
     widths = {name: layer.in_features for name, layer in layers if layer is not head}
     if not widths:
         raise IntactKVError(f"{type(full).__name__} has no torch.nn.Linear to quantize; use another model")
-    method.levels.check(widths)
-    return [name for name, layer in layers if layer is head]
+    return widths, [name for name, layer in layers if layer is head]
 
 
 def _pin(cache: Any) -> Callable[..., None]:
@@ -106,10 +120,17 @@ def _pin(cache: Any) -> Callable[..., None]:
     return cache.pin_memory if torch.accelerator.is_available() else lambda *args, **kwargs: None
 
 
-def _batches(calibration: Int[Tensor, "window token"], method: Method) -> DataLoader[Any]:
-    size = 1 if method.levels.one_by_one else max(1, _TOKENS_AT_ONCE // calibration.shape[1])
-    rows: Any = list(calibration)
-    return DataLoader(rows, batch_size=size, collate_fn=lambda batch: {"input_ids": torch.stack(batch)})
+def batches(calibration: Int[Tensor, "window token"], method: Method) -> tuple[Int[Tensor, "window token"], ...]:
+    """The windows as `method` is shown them: at most so many tokens in a batch, or one window."""
+    return calibration.split(1 if method.levels.one_by_one else max(1, _TOKENS_AT_ONCE // calibration.shape[1]))
+
+
+def _loader(ids: Sequence[Tensor], masks: Sequence[Tensor] | None) -> DataLoader[Any]:
+    """Batches as llm-compressor takes them, with AWQ's token masks beside them if there are any."""
+    rows: Any = [{"input_ids": batch} for batch in ids]
+    if masks is not None:
+        rows = [{**row, "loss_mask": mask.long()} for row, mask in zip(rows, masks, strict=True)]
+    return DataLoader(rows, batch_size=None)
 
 
 def _probe(

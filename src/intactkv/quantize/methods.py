@@ -8,8 +8,8 @@ the two, and only there, stands the model whose keys and values are intact *in t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from typing import Any, ClassVar, TypeAlias
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
 from torch import nn
@@ -25,33 +25,63 @@ class _Levels:
     """What is rounded, and to how many levels. RTN is the plainest of those who use it, see there."""
 
     bits: int = 4
-    group_size: int | None = 128
+    group_size: int | Literal["auto"] | None = 128
     symmetric: bool = True
     activation_bits: int | None = None
     kv_bits: int | None = None
+    static_activations: bool = False
+    float8: bool = False
 
     basis: ClassVar[str] = "full"
-    needs_calibration: ClassVar[bool] = False
+    learns: ClassVar[bool] = False  # do the weights' levels depend on what is shown?
     one_by_one: ClassVar[bool] = False  # must it be shown one window at a time?
 
     def __post_init__(self) -> None:
         for name in ("bits", "activation_bits", "kv_bits"):
             if (value := getattr(self, name)) not in _BITS and (value is not None or name == "bits"):
                 raise IntactKVError(f"{name}={value} is not supported; use one of {', '.join(map(str, _BITS))}")
-        if self.group_size is not None and self.group_size < 1:
-            raise IntactKVError(f"group_size={self.group_size} must be positive; 128 is usual, None is one whole row")
+        if self.group_size not in (None, "auto") and (isinstance(self.group_size, str) or self.group_size < 1):
+            raise IntactKVError(
+                f'group_size={self.group_size} must be positive; 128 is usual, None is one whole row, "auto" what fits'
+            )
+        if self.static_activations and self.activation_bits is None:
+            raise IntactKVError("static_activations=True says how inputs are rounded; give activation_bits, 8 is usual")
+        if self.float8 and (self.bits, self.activation_bits) not in ((8, None), (8, 8)):
+            raise IntactKVError(
+                f"float8=True is a number of 8 bits, not bits={self.bits}, activation_bits={self.activation_bits}; use 8"
+            )
 
     @property
     def levels(self) -> _Levels:
         return self
 
-    def check(self, widths: dict[str, int]) -> None:
-        """Raise IntactKVError for the first layer, of these input widths, that cannot be cut into groups."""
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether anything is learned from text: weights' levels, or the ranges of inputs."""
+        return self.learns or self.static_activations
+
+    @property
+    def weighs(self) -> bool:
+        """Whether a window can count in part, as in a mean; ranges and AutoRound's own batches know only all or none."""
+        return self.learns and not self.static_activations
+
+    def fitted(self, widths: dict[str, int]) -> _Levels:
+        """These settings for layers of these input widths, with "auto" groups of the largest size that fits them all.
+
+        Sizes are powers of two up to 128, which engines have kernels for. Raises IntactKVError naming the first layer
+        that cannot be cut into groups, and the sizes that fit all.
+        """
+        fitting = [size for size in (128, 64, 32, 16) if not any(width % size for width in widths.values())]
+        if self.group_size == "auto":
+            return replace(self, group_size=fitting[0] if fitting else None)
         for name, width in widths.items():
             if self.group_size is not None and width % self.group_size:
+                fit = f"{', '.join(map(str, fitting))} fit every layer" if fitting else "no power of two from 16 on fits"
                 raise IntactKVError(
-                    f"group_size={self.group_size} does not divide in_features={width} of {name}; use a divisor"
+                    f"group_size={self.group_size} does not divide in_features={width} of {name}; {fit}, "
+                    '"auto" takes the largest'
                 )
+        return self
 
     def transforms(self, full: PreTrainedModel) -> list[Any]:
         return []
@@ -66,10 +96,14 @@ class _Levels:
         from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 
         grid = {"strategy": "channel"} if self.group_size is None else {"group_size": self.group_size}
-        weights = QuantizationArgs(num_bits=self.bits, symmetric=self.symmetric, **grid)
+        number = "float" if self.float8 else "int"
+        weights = QuantizationArgs(num_bits=self.bits, type=number, symmetric=self.symmetric, **grid)
         inputs = kv_cache = None
         if self.activation_bits is not None:
-            inputs = QuantizationArgs(num_bits=self.activation_bits, symmetric=True, strategy="token", dynamic=True)
+            scales = {"strategy": "token", "dynamic": True}
+            if self.static_activations:
+                scales = {"strategy": "tensor", "dynamic": False, "observer": "static_minmax"}
+            inputs = QuantizationArgs(num_bits=self.activation_bits, type=number, symmetric=True, **scales)
         if self.kv_bits is not None:
             # One scale for each head of each token. Strategy "token" would give one to all tokens of a head: its
             # dimensions are (batch, token, hidden), the cache's (batch, head, token, dim).
@@ -87,8 +121,10 @@ class RTN(_Levels):
     min(w, 0) to max(w, 0) and keep a zero point: about 10 % less error, but transformers 5.23 loads them only
     with `quantization_config=CompressedTensorsConfig(dequantize=True)`; 5.17 needs no flag for either.
     `group_size=None` is one group for a whole row. With `activation_bits`, the inputs of every quantized layer are
-    rounded too when the model runs, symmetrically, each token on its own; with `kv_bits`, keys and values as they
-    enter the cache, asymmetrically, each head of each token on its own.
+    rounded too when the model runs, symmetrically, each token on its own; with `static_activations`, all tokens with
+    one scale, the largest that calibration shows. `float8` rounds to floating-point numbers (E4M3) instead of integers.
+    With `kv_bits`, keys and values are rounded as they enter the cache, asymmetrically, each head of each token on its
+    own.
     """
 
 
@@ -104,7 +140,7 @@ class GPTQ(_Levels):
 
     damping: float = 0.01
 
-    needs_calibration: ClassVar[bool] = True
+    learns: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -132,7 +168,7 @@ class AWQ(_Levels):
     grid: int = 20
 
     basis: ClassVar[str] = "awq"
-    needs_calibration: ClassVar[bool] = True
+    learns: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -158,8 +194,12 @@ class AutoRound(_Levels):
 
     iterations: int = 200
 
-    needs_calibration: ClassVar[bool] = True
+    learns: ClassVar[bool] = True
     one_by_one: ClassVar[bool] = True
+
+    @property
+    def weighs(self) -> bool:
+        return False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -192,7 +232,9 @@ class SmoothQuant:
     strength: float = 0.5
 
     basis: ClassVar[str] = "smoothquant"
+    learns: ClassVar[bool] = True
     needs_calibration: ClassVar[bool] = True
+    weighs: ClassVar[bool] = False  # it learns ranges
 
     def __post_init__(self) -> None:
         _check_levels(self.levels)
@@ -236,8 +278,16 @@ class Rotated:
         return " ".join(["rotated", *self.rotations])
 
     @property
+    def learns(self) -> bool:
+        return self.levels.learns
+
+    @property
     def needs_calibration(self) -> bool:
         return self.levels.needs_calibration
+
+    @property
+    def weighs(self) -> bool:
+        return self.levels.weighs
 
     def transforms(self, full: PreTrainedModel) -> list[Any]:
         from intactkv.quantize.steps import Rotate
@@ -268,6 +318,12 @@ class Rotated:
 
 
 Method: TypeAlias = RTN | GPTQ | AWQ | AutoRound | SmoothQuant | Rotated
+
+
+def fitted(method: Method, widths: dict[str, int]) -> Method:
+    """`method` with group sizes for layers of these input widths; raises as `_Levels.fitted` does."""
+    levels: Any = method.levels.fitted(widths)
+    return replace(method, levels=levels) if isinstance(method, SmoothQuant | Rotated) else levels
 
 
 def recipe(method: Method | _Levels) -> dict[str, Any]:

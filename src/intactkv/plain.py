@@ -1,0 +1,69 @@
+"""A checkpoint made for its intact KV says so: in its folder, and once when it runs without.
+
+`quantize` leaves prefix tokens out of what a quantizer learns from, since nobody reads them once their KV is intact. Such
+a checkpoint is worse than an ordinary one wherever they are read: with its own prefix, and for prompts without it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import hf_hub_download
+from transformers import PreTrainedModel
+
+from intactkv.attachment import is_attached
+
+RECIPE = "intactkv.json"
+PREFIX_KV = "prefix.intactkv.safetensors"
+
+
+def made_for_prefix(source: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """What a quantized folder or Hub name says of the prefix it was made for; None if it was made for none.
+
+    `weight`, the prefix tokens' weight in calibration, below 1; `prefix`, their ids; `perplexity` on held-out windows
+    of the calibration text: of the full model, and of the quantized one `with_kv` and `without_kv`.
+    """
+    path = Path(source) / RECIPE
+    if not Path(source).is_dir():
+        try:
+            path = Path(hf_hub_download(str(source), RECIPE))
+        except (OSError, ValueError):  # the repository has none, or cannot be reached, which loading it says itself
+            return None
+    try:
+        said = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    found = said.get("prefix_aware") if isinstance(said, dict) else None
+    return found if isinstance(found, dict) else None
+
+
+def warn_when_plain_(model: PreTrainedModel, source: str | os.PathLike[str]) -> None:
+    """Let `model` warn once, at its first forward without an intact KV, if `source` says that it was made for one."""
+    about = made_for_prefix(source)
+    if about is None:
+        return
+
+    def look(module: PreTrainedModel, args: Any) -> None:
+        if torch.compiler.is_compiling() or is_attached(module):
+            return
+        hook.remove()
+        warnings.warn(sentence(about, source), stacklevel=2)
+
+    hook = model.register_forward_pre_hook(look)
+
+
+def sentence(about: dict[str, Any], source: str | os.PathLike[str]) -> str:
+    """What is lost where such a checkpoint runs plain, and the remedy."""
+    figures = about.get("perplexity") or {}
+    lost = ""
+    if {"with_kv", "without_kv"} <= figures.keys():
+        lost = f" (perplexity {figures['without_kv']:.4g} instead of {figures['with_kv']:.4g} on its calibration's text)"
+    return (
+        f"{source} was quantized for its intact prefix and runs without it{lost}: attach {PREFIX_KV} beside it "
+        "(--kv), or quantize with prefix_weight=1 (--plain-prefix) for use without"
+    )
