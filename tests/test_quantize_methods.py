@@ -24,6 +24,7 @@ pytest.importorskip("llmcompressor")
 
 from intactkv.quantize import AWQ, GPTQ, PREFIX_KV, RECIPE, RTN, AutoRound, Method, Rotated, SmoothQuant, quantize
 from intactkv.quantize.compress import compress_
+from intactkv.quantize.made_for import MadeFor
 from intactkv.quantize.quiet import quiet
 
 GROUP = 32
@@ -98,8 +99,16 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         with attach(transformed, seen["kv"]):
             seen["with_itself"] = logits(transformed)
 
+    ids = torch.tensor(PREFIX)
+    made_for = MadeFor.decide(full, ids, method, windows.ids, None, []) if method.needs_calibration else None
+
+    def look_and_show(transformed: PreTrainedModel) -> None:
+        look(transformed)
+        if made_for is not None:
+            made_for.aware.show(seen["kv"])
+
     with quiet():
-        compress_(model, method, windows.ids, transformed=look)
+        compress_(model, method, windows.ids, aware=made_for and made_for.aware, transformed=look_and_show)
     out = quantize(folder / "full", folder / "q", method=method, calibration=windows.ids, prefix=PREFIX)
     return Made(method, full, quantized=logits(model), folder=out, **seen)
 

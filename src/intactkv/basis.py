@@ -152,11 +152,29 @@ def refuse_foreign(model: PreTrainedModel, kv: IntactKV) -> None:
     """Raise `IntactKVError` where `kv` is plainly in another basis, or another model's: one forward of P tokens.
 
     Catches rotations, other models and strong rescaling at 2 to 8 bits; a mild rescaling cannot be told from rounding
-    by so few tokens, for which there is `basis` (`intactkv check`).
+    by so few tokens, for which there is `basis` (`intactkv check`). Of a checkpoint made for this prefix, whose own
+    keys and values there no quantizer looked at, the artifact says how far off they are.
+    """
+    made_for = kv.provenance.get("prefix_aware") or {}
+    for name, errors in own_errors(model, kv).items():
+        closest = min(errors, key=errors.__getitem__)
+        limit = max(DOOR, 1.25 * made_for.get("own_errors", {}).get(name, 0.0))
+        if errors[closest] > limit:
+            raise IntactKVError(
+                f"the model's own {name} of the prefix differ from the intact ones by {100 * errors[closest]:.0f} % "
+                f"even in the closest layer, {closest} (rounding leaves less than {100 * limit:.0f} %): another basis "
+                "or model; see `intactkv check`, or pass check=False if you know better"
+            )
+
+
+def own_errors(model: PreTrainedModel, kv: IntactKV) -> dict[str, dict[int, float]]:
+    """How far the model's own keys and values of the prefix are from the intact ones, by layer: ‖own − intact‖/‖intact‖.
+
+    Raises `IntactKVError` where a layer has none, or of other shapes.
     """
     own = recorded(model, kv.ids[None])
-    for part, name in enumerate(("keys", "values")):
-        errors = {}
+    errors: dict[str, dict[int, float]] = {"keys": {}, "values": {}}
+    for part, by_layer in enumerate(errors.values()):
         for layer, pair in kv.layers.items():
             if layer not in own or own[layer][part].shape[1:] != pair[part].shape:
                 raise IntactKVError(
@@ -164,14 +182,8 @@ def refuse_foreign(model: PreTrainedModel, kv: IntactKV) -> None:
                     "from this model's full-precision form"
                 )
             intact = pair[part].detach().double().cpu()
-            errors[layer] = float((own[layer][part][0].double() - intact).norm() / intact.norm().clamp(min=1e-30))
-        closest = min(errors, key=errors.__getitem__)
-        if errors[closest] > DOOR:
-            raise IntactKVError(
-                f"the model's own {name} of the prefix differ from the intact ones by {100 * errors[closest]:.0f} % "
-                f"even in the closest layer, {closest} (rounding leaves less than {100 * DOOR:.0f} %): another basis "
-                "or model; see `intactkv check`, or pass check=False if you know better"
-            )
+            by_layer[layer] = float((own[layer][part][0].double() - intact).norm() / intact.norm().clamp(min=1e-30))
+    return errors
 
 
 def align(kv: IntactKV, relations: Sequence[Relation]) -> IntactKV:

@@ -7,8 +7,9 @@ wait for torch.
 from __future__ import annotations
 
 import sys
+import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -29,6 +30,11 @@ console = Console()
 
 Model = Annotated[str, typer.Argument(help="The model: a folder or a name on the Hub.", metavar="MODEL")]
 Full = Annotated[str, typer.Option("--full", help="The full-precision model it was quantized from.", metavar="MODEL")]
+Device = Annotated[str, typer.Option(help="Where models run: auto (the accelerator if there is one), cpu, cuda, …")]
+DType = Annotated[
+    str,
+    typer.Option(help="auto (as stored, float32 where that is slow), float32, bfloat16 or float16.", metavar="TYPE"),
+]
 KV = Annotated[Path, typer.Option("--kv", help="The intact KV, written by `intactkv capture`.", metavar="KV")]
 
 
@@ -45,23 +51,25 @@ def capture_command(
     ] = "bos",
     system: Annotated[str | None, typer.Option(help="The system prompt, with `--prefix chat`.")] = None,
     ids: Annotated[str | None, typer.Option(help="Explicit token ids instead, such as `1,887,526`.")] = None,
-    data: Annotated[
-        Path | None, typer.Option(help="With `--prefix auto`, a UTF-8 text to look for pivots in.", metavar="TEXT")
-    ] = None,
+    data: Annotated[Path | None, typer.Option(help="A UTF-8 text to look for pivots in.", metavar="TEXT")] = None,
+    device: Device = "auto",
+    dtype: DType = "auto",
 ) -> None:
     """Let the full-precision MODEL compute the keys and values of a prefix, and save them."""
     from intactkv.capturing import capture
     from intactkv.demo import TEXT
-    from intactkv.load import load_model, load_tokenizer, read_text
+    from intactkv.load import device_named, load_model_on, load_tokenizer, read_text
+    from intactkv.pivots import without_pivot
+    from intactkv.pivots.discover import behind
 
     tokenizer = load_tokenizer(model)
     auto = prefix == "auto" and ids is None
-    if data is not None and not auto:
-        raise IntactKVError(f"--data {data} goes with --prefix auto; add it")
-    text = read_text(data or TEXT) if auto else ""
+    text = read_text(data or TEXT)
     chosen = [] if auto else _ids(ids) if ids is not None else _prefix(tokenizer, prefix, system)
+    if dtype == "auto" and device_named(device).type == "cpu":
+        dtype = "float32"  # so few tokens take no time, and bfloat16 costs a value up to 0.4 % of itself
     with console.status(f"loading {model}"):
-        full = load_model(model)
+        full = load_model_on(model, device, dtype=dtype)
     if auto:
         from intactkv.pivots import discover
 
@@ -70,8 +78,12 @@ def capture_command(
     with console.status(f"capturing {len(chosen)} tokens"):
         kv = capture(full, chosen, tokenizer=tokenizer)
         kv.save(out)
+        tokens = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+        idle = without_pivot(full, behind(chosen, tokens), size=len(chosen))
     console.print(f"{out}: {kv}")
     console.print(f"prefix {chosen} = {tokenizer.decode(chosen)!r}", markup=False)
+    if idle is not None:
+        warn(idle)
 
 
 @app.command("quantize")
@@ -80,13 +92,19 @@ def quantize_command(
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.", metavar="DIR")],
     method: Annotated[str, typer.Option(help="rtn, gptq, awq, autoround, smoothquant or rotated.")] = "rtn",
     bits: Annotated[int, typer.Option(help="Bits of a weight: 2, 3, 4 or 8.")] = 4,
-    group_size: Annotated[int, typer.Option(help="Weights that share a scale; 0 is one row.", min=0)] = 128,
+    group_size: Annotated[
+        str, typer.Option(help="Weights that share a scale; 0 is one row, auto the largest up to 128 that fits.")
+    ] = "128",
     symmetric: Annotated[
         bool | None, typer.Option("--symmetric/--asymmetric", help="By default as the method has it.")
     ] = None,
     activation_bits: Annotated[
         int | None, typer.Option(help="Round the inputs of layers too, to so many bits.")
     ] = None,
+    static: Annotated[
+        bool, typer.Option("--static", help="One scale for all tokens' inputs, from calibration, instead of one each.")
+    ] = False,
+    fp8: Annotated[bool, typer.Option("--fp8", help="Eight bits are floating-point numbers, not integers.")] = False,
     kv_bits: Annotated[int | None, typer.Option(help="Round keys and values in the cache, to so many bits.")] = None,
     rounding: Annotated[str | None, typer.Option(help="rtn or gptq, after smoothquant or rotated.")] = None,
     data: Annotated[
@@ -96,27 +114,56 @@ def quantize_command(
         str, typer.Option(help="`bos`, `chat`, or the text that prompts begin with: what stays intact.")
     ] = "bos",
     system: Annotated[str | None, typer.Option(help="The system prompt, with `--prefix chat`.")] = None,
+    ids: Annotated[str | None, typer.Option(help="Explicit token ids instead, such as `1,887,526`.")] = None,
+    prefix_weight: Annotated[
+        float | None,
+        typer.Option(
+            help="How much prefix tokens count while the method learns: 0 (by default) not at all, 1 in full."
+        ),
+    ] = None,
+    plain_prefix: Annotated[
+        bool, typer.Option("--plain-prefix", help="The ordinary checkpoint: prefix tokens count as others do.")
+    ] = False,
+    device: Device = "auto",
+    dtype: DType = "auto",
 ) -> None:
-    """Quantize MODEL into a checkpoint that transformers and vLLM load, and write the intact KV that fits beside it."""
-    from intactkv.load import load_tokenizer, read_text
+    """Quantize MODEL into a checkpoint that transformers and vLLM load, and write the intact KV that fits beside it.
+
+    A method that learns from text makes a checkpoint for that KV, which should not be used without it.
+    """
+    from intactkv.load import device_named, dtype_named, load_tokenizer, read_text
+    from intactkv.plain import made_for_prefix
     from intactkv.quantize import PREFIX_KV, chosen, quantize
 
     settings = chosen(
-        method, bits=bits, group_size=group_size, activation_bits=activation_bits, kv_bits=kv_bits,
-        symmetric=symmetric, rounding=rounding,
+        method, bits=bits, group_size=_group_size(group_size), activation_bits=activation_bits, kv_bits=kv_bits,
+        symmetric=symmetric, rounding=rounding, static_activations=static, float8=fp8,
     )  # fmt: skip
     if settings.needs_calibration and data is None:
         raise IntactKVError(f"--method {method} learns from text; add --data TEXT, or use --method rtn")
+    if plain_prefix and prefix_weight not in (None, 1):
+        raise IntactKVError(f"--plain-prefix is --prefix-weight 1, and {prefix_weight} was given; leave one out")
+    where = device_named(device)
     text = None if data is None else read_text(data)
-    ids = _prefix(load_tokenizer(model), prefix, system)
+    chosen_ids = _ids(ids) if ids is not None else _prefix(load_tokenizer(model), prefix, system)
     screen = Console(file=sys.stderr)  # the one the user sees, while llm-compressor's output is silenced
     with Progress(console=screen, transient=True, redirect_stdout=False, redirect_stderr=False) as bar:
         task = bar.add_task(f"{method}, {bits} bits", total=None)
         quantize(
-            model, out, method=settings, calibration=text, prefix=ids,
+            model, out, method=settings, calibration=text, prefix=chosen_ids, device=where,
+            prefix_weight=1.0 if plain_prefix else prefix_weight, dtype=dtype_named(dtype, model, where),
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )  # fmt: skip
     console.print(f"{out}: {method}, {bits} bits; attach {out / PREFIX_KV} to it", highlight=False)
+    made_for = made_for_prefix(out)
+    if made_for is not None:
+        perplexity = made_for["perplexity"]
+        console.print(
+            f"made for that prefix: on {perplexity['windows']} windows of its text the perplexity is "
+            f"{perplexity['full']:.4g} in full precision, {perplexity['with_kv']:.4g} with the KV attached and "
+            f"{perplexity['without_kv']:.4g} without; --plain-prefix makes the ordinary checkpoint",
+            highlight=False,
+        )
 
 
 @app.command("check")
@@ -127,18 +174,20 @@ def check_command(
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Write the intact KV in MODEL's basis here.", metavar="KV")
     ] = None,
+    device: Device = "auto",
+    dtype: DType = "auto",
 ) -> None:
     """Are MODEL's keys and values the full model's, rescaled or rotated ones, or another's? Refuses the last."""
     from intactkv.basis import align, basis, describe, show_noise
     from intactkv.kv import IntactKV
-    from intactkv.load import load_model
+    from intactkv.load import load_model_on
     from intactkv.report import basis_table
 
     artifact = IntactKV.load(kv)
     with console.status("reading the full model"):
-        shown = show_noise(load_model(full))  # and drop it: one model is in memory at a time
+        shown = show_noise(load_model_on(full, device, dtype=dtype))  # and drop it: one model is in memory at a time
     with console.status("comparing every layer and head"):
-        relations = basis(shown, load_model(model))
+        relations = basis(shown, load_model_on(model, device, dtype=dtype))
     console.print(basis_table(relations))
     aligned = align(artifact, relations)
     changed = aligned is not artifact
@@ -166,7 +215,14 @@ def eval_command(
     ] = False,
     batch_size: Annotated[int, typer.Option(help="Windows in one forward.", min=1)] = 8,
     windows: Annotated[int | None, typer.Option(help="Use only the first so many windows.", min=2)] = None,
-    device: Annotated[str, typer.Option(help="Where models run: cpu, cuda, …")] = "cpu",
+    bare: Annotated[
+        bool | None,
+        typer.Option(
+            "--bare/--no-bare", help="Measure prompts without the prefix too; by default if a model was made for it."
+        ),
+    ] = None,
+    device: Device = "auto",
+    dtype: DType = "auto",
     cache: Annotated[
         Path | None,
         typer.Option(
@@ -192,7 +248,7 @@ def eval_command(
         raise IntactKVError(f"--top {top} says what a cache keeps; add --cache DIR, or leave it out")
     evaluation.run(
         models, full, kv,
-        protocol=evaluation.Protocol(data, window, paper, windows, batch_size, device),
+        protocol=evaluation.Protocol(data, window, paper, windows, batch_size, device, dtype, bare),
         cache=None if cache is None else evaluation.Cache(cache, top, cache_bytes),
         outputs=evaluation.Outputs(out, markdown), console=console,
     )  # fmt: skip
@@ -218,14 +274,15 @@ def mtbench_answer_command(
     system: Annotated[str | None, typer.Option(help="A system prompt before every question.")] = None,
     first: Annotated[int | None, typer.Option(help="Only the first so many questions of each category.", min=1)] = None,
     name: Annotated[str | None, typer.Option(help="MODEL's name in the files; by default its folder's.")] = None,
-    device: Annotated[str, typer.Option(help="Where models run: cpu, cuda, …")] = "cpu",
+    device: Device = "auto",
+    dtype: DType = "auto",
 ) -> None:
     """Answer both turns of every question with three arms: the full model, MODEL, MODEL with the intact prefix."""
     from intactkv.mtbench import command
     from intactkv.mtbench.answer import Settings
 
     command.answer(
-        command.Models(model, full, kv, name, device), questions, out, arms=arms.split(","),
+        command.Models(model, full, kv, name, device, dtype), questions, out, arms=arms.split(","),
         settings=Settings(max_new_tokens, batch_size, seed, system), first=first, console=console,
     )  # fmt: skip
 
@@ -295,7 +352,8 @@ def calibrate_command(
     checkpoint: Annotated[Path | None, typer.Option(help="A file to resume from after a stop.", metavar="FILE")] = None,
     tensorboard: Annotated[Path | None, typer.Option(help="Draw curves for TensorBoard.", metavar="DIR")] = None,
     seed: Annotated[int, typer.Option(help="The seed of the order of samples.")] = 0,
-    device: Annotated[str, typer.Option(help="Where models run: cpu, cuda, …")] = "cpu",
+    device: Device = "auto",
+    dtype: DType = "auto",
 ) -> None:
     """Train the intact KV to absorb what is left of MODEL's quantization error; keep it only if that helps."""
     from intactkv.calibrate import Settings
@@ -317,7 +375,7 @@ def calibrate_command(
             batch_size=batch_size, checkpoint_blocks=checkpoint_blocks,
             parts=("value",) if values_only else ("key", "value"),
         ),
-        places=calibration.Places(spool, checkpoint, tensorboard, device), console=console,
+        places=calibration.Places(spool, checkpoint, tensorboard, device, dtype), console=console,
     )  # fmt: skip
     if is_main():
         found.save(out)
@@ -377,18 +435,20 @@ def generate_command(
         float, typer.Option(help="0 chooses the likeliest token; above, tokens are sampled.", min=0.0)
     ] = 0.0,
     seed: Annotated[int, typer.Option(help="The seed of sampling.")] = 0,
+    device: Device = "auto",
+    dtype: DType = "auto",
 ) -> None:
     """Continue a prompt with MODEL, with an intact KV attached if one is given."""
     import torch
 
     from intactkv.generate import continuation, encode
     from intactkv.kv import IntactKV
-    from intactkv.load import load_model, load_tokenizer
+    from intactkv.load import load_model_on, load_tokenizer
 
     tokenizer = load_tokenizer(model)
     artifact = None if kv is None else IntactKV.load(kv)
     with console.status(f"loading {model}"):
-        loaded = load_model(model)
+        loaded = load_model_on(model, device, dtype=dtype)
     ids = encode(tokenizer, prompt, chat=chat, kv=artifact)
     torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
@@ -412,11 +472,13 @@ def doctor_command(
     out: Annotated[Path, typer.Option("--out", "-o", help="The page to write; figures go beside it as JSON.")] = Path(
         "intactkv-doctor.html"
     ),
+    device: Device = "auto",
+    dtype: DType = "auto",
 ) -> None:
     """Does an intact prefix help MODEL? Finds its pivots and says: worth it, marginal, no effect or harmful."""
     from intactkv.doctor.run import run as run_doctor
 
-    run_doctor(model, out, console, quantized=quantized, data=data, window=window)
+    run_doctor(model, out, console, quantized=quantized, data=data, window=window, device=device, dtype=dtype)
 
 
 @app.command("demo")
@@ -429,8 +491,14 @@ def demo_command(
     run(out, console)
 
 
+def warn(sentence: str) -> None:
+    """Say what the user should know before relying on a result."""
+    Console(stderr=True).print(f"warning: {sentence}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+
+
 def main() -> None:
-    """The entry point: what went wrong is one sentence, never a traceback."""
+    """The entry point: what went wrong is one sentence, never a traceback, and so is what a warning says."""
+    warnings.showwarning = lambda message, *args, **kwargs: warn(str(message))
     try:
         app()
     except (IntactKVError, OSError) as error:
@@ -448,6 +516,15 @@ def _prefix(tokenizer: PreTrainedTokenizerBase, prefix: str, system: str | None)
     if prefix == "bos":
         return bos(tokenizer)
     return chat_prefix(tokenizer, system=system) if prefix == "chat" else text_prefix(tokenizer, prefix)
+
+
+def _group_size(text: str) -> int | Literal["auto"]:
+    if text == "auto":
+        return "auto"
+    try:
+        return int(text)
+    except ValueError:
+        raise IntactKVError(f"--group-size {text} is no number; use 128, 64, …, 0 for a whole row, or auto") from None
 
 
 def _ids(text: str) -> list[int]:

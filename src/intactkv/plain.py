@@ -62,7 +62,9 @@ def sentence(about: dict[str, Any], source: str | os.PathLike[str]) -> str:
     figures = about.get("perplexity") or {}
     lost = ""
     if {"with_kv", "without_kv"} <= figures.keys():
-        lost = f" (perplexity {figures['without_kv']:.4g} instead of {figures['with_kv']:.4g} on its calibration's text)"
+        lost = (
+            f" (perplexity {figures['without_kv']:.4g} instead of {figures['with_kv']:.4g} on its calibration's text)"
+        )
     return (
         f"{source} was quantized for its intact prefix and runs without it{lost}: attach {PREFIX_KV} beside it "
         "(--kv), or quantize with prefix_weight=1 (--plain-prefix) for use without"

@@ -99,8 +99,10 @@ def sentences(evaluation: Evaluation, *, seed: int = 0) -> list[str]:
         gap = evaluation.gap_closed(own=own, intact=intact, seed=seed)
         perplexity = evaluation.difference(own=own, intact=intact, seed=seed)["perplexity"]
         own_kl = summary(evaluation.metrics[own])["kl_mean"]
+        against = "" if intact.replace("intact", "own") == own else f" against {own}"
+        judged = verdict(gap, own_kl=own_kl, times=evaluation.times_perplexity(intact))
         said.append(
-            f"{intact}: {verdict(gap, own_kl=own_kl)}; perplexity changes by {-perplexity.value:+.3f} "
+            f"{intact}{against}: {judged}; perplexity changes by {-perplexity.value:+.3f} "
             f"({-perplexity.high:+.3f} to {-perplexity.low:+.3f})."
         )
     return said

@@ -43,13 +43,14 @@ class Data:
 class Places:
     """Where the targets are spooled, the state is kept to resume from, and curves are drawn: each if it is wanted.
 
-    `device` is where models run; several processes run where accelerate puts each.
+    `device` is where models run, and in which `dtype`; several processes run where accelerate puts each.
     """
 
     spool: Path | None
     checkpoint: Path | None
     tensorboard: Path | None = None
-    device: str = "cpu"
+    device: str = "auto"
+    dtype: str = "auto"
 
 
 def run(
@@ -64,14 +65,14 @@ def run(
     targets: PreTrainedModel | Spool
     if places.spool is None:
         with console.status(f"loading {full}"):
-            targets = load_model_on(full, device)
+            targets = load_model_on(full, device, dtype=places.dtype)
     else:
         if is_main():
-            _spool((full, device), parts, places.spool, kv, goal, console)
+            _spool((full, device, places.dtype), parts, places.spool, kv, goal, console)
         wait()
         targets = Spool(places.spool)
     with console.status(f"loading {model}"):
-        quantized = load_model_on(model, device)
+        quantized = load_model_on(model, device, dtype=places.dtype)
     with curves as draw, Progress(console=console, transient=True) as bar:
         task = bar.add_task("calibrating", total=settings.steps)
 
@@ -130,11 +131,11 @@ def _samples(data: Data, full: str, kv: IntactKV, console: Console) -> Split:
 
 
 def _spool(
-    full: tuple[str, str], parts: Split, folder: Path, kv: IntactKV, goal: dict[str, bool], console: Console
+    full: tuple[str, str, str], parts: Split, folder: Path, kv: IntactKV, goal: dict[str, bool], console: Console
 ) -> None:
-    """Spool the targets of the full model, given by name and device."""
+    """Spool the targets of the full model, given by name, device and dtype."""
     with console.status(f"loading {full[0]}"):
-        loaded = load_model_on(*full)
+        loaded = load_model_on(full[0], full[1], dtype=full[2])
     size = spool_bytes(loaded, parts, prefix=kv.ids, **goal)
     console.print(f"targets of the full model: {size:,} bytes in {folder}", highlight=False)
     with Progress(console=console, transient=True) as bar:

@@ -80,9 +80,13 @@ class Examination:
         """The mean KL in nats to the full model, with the model's own prefix."""
         return float(self.evaluation.metrics[f"{name} own"].kl.double().nanmean())
 
+    def times(self, name: str) -> float:
+        """The perplexity with the intact prefix over the full model's."""
+        return self.evaluation.times_perplexity(f"{name} intact")
+
     def verdict(self, name: str) -> str:
         """The verdict for the model of this name, by the rule of `evaluate/verdict.py`."""
-        return judge(self.gap(name), own_kl=self.own_kl(name))
+        return judge(self.gap(name), own_kl=self.own_kl(name), times=self.times(name))
 
 
 def examine(

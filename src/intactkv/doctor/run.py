@@ -23,7 +23,7 @@ from intactkv.doctor.words import (
 )
 from intactkv.evaluate.verdict import RULE
 from intactkv.kv import IntactKVError
-from intactkv.load import load_model, load_tokenizer, read_text
+from intactkv.load import load_model_on, load_tokenizer, read_text
 from intactkv.pivots.discover import opening
 from intactkv.report import arms_table, made_by, write_json
 
@@ -31,7 +31,15 @@ BITS = (4, 3)
 
 
 def run(
-    model: str | None, out: Path, console: Console, *, quantized: str | None, data: Path | None, window: int
+    model: str | None,
+    out: Path,
+    console: Console,
+    *,
+    quantized: str | None,
+    data: Path | None,
+    window: int,
+    device: str = "auto",
+    dtype: str = "auto",
 ) -> Examination:
     """Examine `model` (None: the embedded one), print a summary and write `out` and its figures beside it as JSON.
 
@@ -42,7 +50,7 @@ def run(
     source = MODEL if model is None else model
     tokenizer = load_tokenizer(source)
     with console.status(f"loading {source}"):
-        full = load_model(source, dtype=torch.float32 if model is None else "auto")
+        full = load_model_on(source, device, dtype=torch.float32 if model is None else dtype)
         models = _models(full, quantized)
     tokens = tokenizer(read_text(data or TEXT), add_special_tokens=False, verbose=False).input_ids
     with console.status("examining") as status:
@@ -81,7 +89,7 @@ def names(tokenizer: PreTrainedTokenizerBase) -> Names:
 
 def _models(full: PreTrainedModel, quantized: str | None) -> dict[str, PreTrainedModel]:
     if quantized is not None:
-        return {"quantized": load_model(quantized, dtype=full.dtype)}
+        return {"quantized": load_model_on(quantized, str(full.device), dtype=full.dtype)}
     return {f"{bits}-bit": rounded_model(full, bits=bits) for bits in BITS}
 
 

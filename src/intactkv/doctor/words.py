@@ -13,7 +13,10 @@ Names = Callable[[int], str]  # a token id as people read it
 
 def verdict_sentences(found: Examination) -> list[str]:
     """One sentence for each quantized model."""
-    return [f"{name}: {verdict(found.gap(name), own_kl=found.own_kl(name))}." for name in found.models]
+    return [
+        f"{name}: {verdict(found.gap(name), own_kl=found.own_kl(name), times=found.times(name))}."
+        for name in found.models
+    ]
 
 
 def pivot_sentences(found: Examination, name: Names) -> list[str]:

@@ -19,7 +19,18 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from intactkv.evaluate.compare import Arm, Evaluation, at_labels, check_arm, check_names, check_prefix, forward
+from intactkv.evaluate.compare import (
+    FULL,
+    Arm,
+    Evaluation,
+    at_columns,
+    at_labels,
+    check_arm,
+    check_names,
+    check_prefix,
+    check_skip,
+    forward,
+)
 from intactkv.evaluate.metrics import TokenMetrics
 from intactkv.evaluate.records import read_record, write_record
 from intactkv.evaluate.stored import Given, Store, against_itself, check_top, compare, ids_digest, scored_mean
@@ -37,11 +48,15 @@ class Checkpoint:
 
 @dataclass(frozen=True, eq=False)
 class StoredArm:
-    """One thing to measure under a name: a checkpoint, with its own prefix or with an intact one attached."""
+    """One thing to measure under a name: a checkpoint, with its own prefix or with an intact one attached.
+
+    `skip` as in `Arm`.
+    """
 
     name: str
     checkpoint: Checkpoint
     kv: IntactKV | None = None
+    skip: int = 0
 
 
 @dataclass(eq=False)
@@ -85,16 +100,18 @@ def evaluate_cached(
     """
     check_names([arm.name for arm in arms], batch_size)
     for arm in arms:
+        check_skip(arm.name, arm.skip, windows)
         if arm.kv is not None:
             check_prefix(arm.name, arm.kv.ids.cpu(), windows)
-    keys: dict[str, dict[str, str | None]] = {"full": {"model": full.digest, "kv": None}}
+    skips = {FULL[skip > 0]: skip for skip in dict.fromkeys([0, *(arm.skip for arm in arms)])}
+    keys: dict[str, dict[str, Any]] = {name: _key(full.digest, None, skip) for name, skip in skips.items()}
     for arm in arms:
-        keys[arm.name] = {"model": arm.checkpoint.digest, "kv": None if arm.kv is None else arm.kv.digest}
+        keys[arm.name] = _key(arm.checkpoint.digest, arm.kv, arm.skip)
     run = _Run(store, _batches(windows, batch_size, store), keys, progress)
     began = perf_counter()
     columns = {name: run.known(name) for name in keys}
     needed = [i for i in range(len(run.batches)) if any(column[i] is None for column in columns.values())]
-    run.measure_full(full, windows, columns["full"], needed)
+    run.measure_full(full, windows, columns, skips, needed)
     for checkpoint in dict.fromkeys(arm.checkpoint for arm in arms):
         run.measure(checkpoint, [arm for arm in arms if arm.checkpoint is checkpoint], windows, columns)
     seconds = math.nan if run.traces.read else perf_counter() - began
@@ -104,7 +121,7 @@ def evaluate_cached(
         (own.name, intact.name)
         for own in arms
         for intact in arms
-        if own.checkpoint is intact.checkpoint and own.kv is None and intact.kv is not None
+        if own.checkpoint is intact.checkpoint and own.kv is None and intact.kv is not None and own.skip == intact.skip
     )
     return Evaluation(metrics, {}, pairs, seconds), run.traces
 
@@ -118,7 +135,7 @@ class _Run:
 
     store: Store
     batches: list[_Batch]
-    keys: dict[str, dict[str, str | None]]  # by arm, what tells it from others
+    keys: dict[str, dict[str, Any]]  # by arm, what tells it from others
     progress: Callable[[int, int], None] | None
     traces: Traces = field(default_factory=Traces)
     done: int = 0
@@ -133,27 +150,35 @@ class _Run:
                 self.count(batch)
         return column
 
-    def measure_full(self, full: Checkpoint, windows: Windows, column: _Column, needed: list[int]) -> None:
-        """Complete the store and the full model's own figures for the batches at `needed`."""
-        stored = {i: self.usable(partial(self.store.read, self.batches[i].ids)) is not None for i in needed}
-        missing = [i for i in needed if not stored[i]]
-        model = full.load() if missing else None
-        if model is not None:
+    def measure_full(
+        self, full: Checkpoint, windows: Windows, columns: dict[str, _Column], skips: dict[str, int], needed: list[int]
+    ) -> None:
+        """Complete the store and the full model's own figures for the batches at `needed`, without `skips` tokens too."""
+        wanted = [(name, skip, i) for name, skip in skips.items() for i in needed]
+        missing = [
+            self.batches[i].ids[:, skip:]
+            for _, skip, i in wanted
+            if self.usable(partial(self.store.read, self.batches[i].ids[:, skip:])) is None
+        ]
+        if missing:
+            model = full.load()
             check_arm(Arm("full", model), windows)
             vocab = model.config.get_text_config(decoder=True).vocab_size
             check_top(self.store.top, vocab)
-            tokens = sum(self.batches[i].ids.numel() for i in missing)
-            self.store.check_room(tokens, vocab=vocab, dtype=model.dtype)
-        for i in needed:
-            batch = self.batches[i]
-            if not stored[i] and model is not None:
+            self.store.check_room(sum(ids.numel() for ids in missing), vocab=vocab, dtype=model.dtype)
+            for ids in missing:
                 with torch.inference_mode():
-                    logits, _ = forward(Arm("full", model), batch.ids, hidden=False)
-                    self.store.write(batch.ids, logits)
-            if column[i] is None:
-                given = self.stored(batch)
-                metrics = at_labels(against_itself(given), batch.scored, name="full")
-                self.keep("full", i, column, {**vars(metrics), "rest_mass": given.rest_mass})
+                    logits, _ = forward(Arm("full", model), ids, hidden=False)
+                    self.store.write(ids, logits)
+            del model
+        for name, skip, i in wanted:
+            if columns[name][i] is None:
+                given = self.stored(self.batches[i], skip)
+                metrics = at_columns(
+                    at_labels(against_itself(given), self.batches[i].scored[:, skip:], name=name), skip
+                )
+                rest = torch.nn.functional.pad(given.rest_mass, (skip, 0))
+                self.keep(name, i, columns[name], {**vars(metrics), "rest_mass": rest})
 
     def measure(
         self, checkpoint: Checkpoint, arms: list[StoredArm], windows: Windows, columns: dict[str, _Column]
@@ -164,21 +189,22 @@ class _Run:
             return
         model = checkpoint.load()
         for arm in arms:
-            check_arm(Arm(arm.name, model, arm.kv), windows)
+            check_arm(Arm(arm.name, model, arm.kv, arm.skip), windows)
         for i in missing:
             batch = self.batches[i]
-            given = self.stored(batch)
-            for arm in arms:
-                if columns[arm.name][i] is None:
-                    with torch.inference_mode():
-                        logits, _ = forward(Arm(arm.name, model, arm.kv), batch.ids, hidden=False)
-                        metrics = compare(given, logits, batch.ids.roll(-1, dims=1))
-                    metrics = at_labels(metrics, batch.scored, name=arm.name)
-                    self.keep(arm.name, i, columns[arm.name], vars(metrics))
+            for skip in dict.fromkeys(arm.skip for arm in arms):
+                given, ids = self.stored(batch, skip), batch.ids[:, skip:]
+                for arm in arms:
+                    if arm.skip == skip and columns[arm.name][i] is None:
+                        with torch.inference_mode():
+                            logits, _ = forward(Arm(arm.name, model, arm.kv), ids, hidden=False)
+                            metrics = compare(given, logits, ids.roll(-1, dims=1))
+                        metrics = at_columns(at_labels(metrics, batch.scored[:, skip:], name=arm.name), skip)
+                        self.keep(arm.name, i, columns[arm.name], vars(metrics))
 
-    def stored(self, batch: _Batch) -> Given:
-        """The full model's distributions of one batch, which must be there."""
-        given = self.store.read(batch.ids)
+    def stored(self, batch: _Batch, skip: int) -> Given:
+        """The full model's distributions of one batch without its first tokens, which must be there."""
+        given = self.store.read(batch.ids[:, skip:])
         if given is None:
             raise IntactKVError(f"a file of {self.store.folder} was removed meanwhile; run the same command again")
         return given
@@ -206,6 +232,11 @@ class _Run:
     @property
     def arms(self) -> Path:
         return self.store.folder / "arms"
+
+
+def _key(model: str, kv: IntactKV | None, skip: int) -> dict[str, Any]:
+    key = {"model": model, "kv": None if kv is None else kv.digest}
+    return {**key, "skip": skip} if skip else key
 
 
 def _batches(windows: Windows, batch_size: int, store: Store) -> list[_Batch]:

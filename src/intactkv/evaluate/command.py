@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,17 @@ from intactkv.evaluate.markdown import append_rows, header, row
 from intactkv.evaluate.stored import Store
 from intactkv.evaluate.windows import Windows, paper_windows, prefixed_windows
 from intactkv.kv import IntactKV, IntactKVError
-from intactkv.load import checkpoint_digest, load_model_on, load_tokenizer, read_text
+from intactkv.load import checkpoint_digest, device_named, load_model_on, load_tokenizer, read_text
+from intactkv.plain import made_for_prefix
 from intactkv.report import arms_table, sentences, write_json
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """Which windows of which text are measured, in batches of how many, and on which device."""
+    """Which windows of which text are measured, in batches of how many, on which device and in which dtype.
+
+    `bare` says whether prompts without the prefix are measured too; None: where a model was made for its prefix.
+    """
 
     data: Path
     window: int
@@ -32,6 +37,8 @@ class Protocol:
     windows: int | None
     batch_size: int
     device: str
+    dtype: str = "auto"
+    bare: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -59,6 +66,7 @@ class Quantized:
     source: str
     file: Path
     kv: IntactKV
+    made_for: dict[str, Any] | None  # what its folder says of the prefix that it was made for
 
     def arm(self, kind: str, alone: bool) -> str:
         """The arm's name in tables: with the model's where there are several."""
@@ -72,6 +80,8 @@ def run(
     """Compare every quantized model with the full one, from the command line's arguments."""
     quantized = _quantized(models, kvs)
     windows = _windows(quantized, full, protocol)
+    bare = any(q.made_for for q in quantized) if protocol.bare is None else protocol.bare
+    protocol = replace(protocol, bare=bare)
     with console.status("reading checkpoints"):
         digests = {source: checkpoint_digest(source) for source in (full, *models)}
     with Progress(console=console, transient=True) as bar:
@@ -86,10 +96,11 @@ def run(
         else:
             store = Store(cache.folder, _loaded_as(digests[full], protocol), cache.top, cache.most_bytes)
             evaluation, traces = _on_disk(quantized, full, digests, windows, (store, protocol), show)
+    evaluation = replace(evaluation, pairs=_pairs(quantized))
     figures = _figures(evaluation, cache, traces)
     title = f"{figures['windows']} windows of {figures['window']} tokens, {figures['scored_tokens']} scored"
     console.print(arms_table(figures, title=title))
-    for sentence in (*_about_cache(figures), *sentences(evaluation)):
+    for sentence in (*_about_cache(figures), *_about_prefix(quantized), *sentences(evaluation)):
         console.print(sentence, highlight=False)
     about = {
         "models": {q.name: _about(q, digests) for q in quantized},
@@ -100,8 +111,11 @@ def run(
     if outputs.json is not None:
         write_json(outputs.json, {**about, **figures})
     if outputs.markdown is not None:
-        rows = [row(figures, model=q.name, arms=(q.arm("own", len(models) == 1), q.arm("intact", len(models) == 1)))
-                for q in quantized]  # fmt: skip
+        rows = []
+        for q in quantized:
+            intact = q.arm("intact", len(models) == 1)
+            own = next(own for own, other in evaluation.pairs if other == intact)
+            rows.append(row(figures, model=q.name, arms=(own, intact)))
         if outputs.markdown == "-":
             console.print("\n".join((*header(), *rows)), markup=False, highlight=False, soft_wrap=True)
         else:
@@ -120,7 +134,8 @@ def _quantized(models: Sequence[str], kvs: Sequence[Path]) -> list[Quantized]:
         raise IntactKVError(f"the model {max(names, key=names.count)} is given twice; name each once")
     artifacts = {path: IntactKV.load(path) for path in dict.fromkeys(kvs)}
     files = list(kvs) * (len(models) if len(kvs) == 1 else 1)
-    return [Quantized(n, m, f, artifacts[f]) for n, m, f in zip(names, models, files, strict=True)]
+    found = zip(names, models, files, strict=True)
+    return [Quantized(n, m, f, artifacts[f], made_for_prefix(m)) for n, m, f in found]
 
 
 def _windows(quantized: Sequence[Quantized], full: str, protocol: Protocol) -> Windows:
@@ -146,7 +161,31 @@ def _windows(quantized: Sequence[Quantized], full: str, protocol: Protocol) -> W
 
 
 def _loaded_as(digest: str, protocol: Protocol) -> str:
-    return sha256(f"{digest} as stored on {protocol.device}".encode()).hexdigest()
+    how = "as stored" if protocol.dtype == "auto" else f"in {protocol.dtype}"
+    return sha256(f"{digest} {how} on {device_named(protocol.device)}".encode()).hexdigest()
+
+
+def _kinds(q: Quantized, protocol: Protocol) -> list[tuple[str, IntactKV | None, int]]:
+    """A quantized model's arms: the name of each, its intact KV, and how many tokens it is not shown."""
+    kinds: list[tuple[str, IntactKV | None, int]] = [("own", None, 0), ("intact", q.kv, 0)]
+    return [*kinds, ("bare", None, len(q.kv))] if protocol.bare else kinds
+
+
+def _pairs(quantized: Sequence[Quantized]) -> tuple[tuple[str, str], ...]:
+    """Whose KL is compared with whose: a model with its own prefix against the intact one.
+
+    A model made for its prefix is compared with every ordinary one, own and intact, as long as there is one: its own
+    prefix is not what it was made to be used with.
+    """
+    alone = len(quantized) == 1
+    ordinary = [q for q in quantized if q.made_for is None]
+    pairs = [(q.arm("own", alone), q.arm("intact", alone)) for q in quantized if q.made_for is None or not ordinary]
+    for q in quantized:
+        if q.made_for is not None:
+            pairs += [
+                (other.arm(kind, alone), q.arm("intact", alone)) for other in ordinary for kind in ("own", "intact")
+            ]
+    return tuple(pairs)
 
 
 def _in_memory(
@@ -154,11 +193,10 @@ def _in_memory(
 ) -> Evaluation:
     arms: list[Arm] = []
     for q in quantized:
-        model, alone = load_model_on(q.source, protocol.device), len(quantized) == 1
-        arms += [Arm(q.arm("own", alone), model), Arm(q.arm("intact", alone), model, q.kv)]
-    return evaluate(
-        load_model_on(full, protocol.device), arms, windows, batch_size=protocol.batch_size, progress=progress
-    )
+        model, alone = load_model_on(q.source, protocol.device, dtype=protocol.dtype), len(quantized) == 1
+        arms += [Arm(q.arm(kind, alone), model, kv, skip) for kind, kv, skip in _kinds(q, protocol)]
+    loaded = load_model_on(full, protocol.device, dtype=protocol.dtype)
+    return evaluate(loaded, arms, windows, batch_size=protocol.batch_size, progress=progress)
 
 
 def _on_disk(
@@ -169,11 +207,12 @@ def _on_disk(
     arms: list[StoredArm] = []
 
     def checkpoint(source: str) -> Checkpoint:
-        return Checkpoint(_loaded_as(digests[source], protocol), lambda: load_model_on(source, protocol.device))
+        load = partial(load_model_on, source, protocol.device, dtype=protocol.dtype)
+        return Checkpoint(_loaded_as(digests[source], protocol), load)
 
     for q in quantized:
         made, alone = checkpoint(q.source), len(quantized) == 1
-        arms += [StoredArm(q.arm("own", alone), made), StoredArm(q.arm("intact", alone), made, q.kv)]
+        arms += [StoredArm(q.arm(kind, alone), made, kv, skip) for kind, kv, skip in _kinds(q, protocol)]
     return evaluate_cached(
         checkpoint(full), arms, windows, store=store, batch_size=protocol.batch_size, progress=progress
     )
@@ -190,6 +229,20 @@ def _figures(evaluation: Evaluation, cache: Cache | None, traces: Traces | None)
                 f"one, which hold {100 * traces.rest_mass:.3g} % of its probability on average"
             )
     return figures
+
+
+def _about_prefix(quantized: Sequence[Quantized]) -> list[str]:
+    """What a reader must know of models that were made for their prefix."""
+    said = []
+    for q in quantized:
+        if q.made_for is None:
+            continue
+        alone = all(other.made_for is not None for other in quantized)
+        less = "; name the ordinary checkpoint too to see what it gains" if alone else ""
+        said.append(f"{q.name} was made for its intact prefix and is not meant to run with its own{less}.")
+        if q.made_for.get("prefix") != q.kv.ids.tolist():
+            said.append(f"{q.name} was made for the prefix {q.made_for.get('prefix')}, not for {q.kv.ids.tolist()}.")
+    return said
 
 
 def _about_cache(figures: dict[str, Any]) -> list[str]:
@@ -216,5 +269,6 @@ def _about(q: Quantized, digests: dict[str, str]) -> dict[str, Any]:
         "kv": str(q.file),
         "kv_digest": q.kv.digest,
         "prefix": q.kv.ids.tolist(),
+        "made_for_prefix": q.made_for,
         "provenance": dict(q.kv.provenance),
     }

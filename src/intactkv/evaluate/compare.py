@@ -29,14 +29,21 @@ from intactkv.evaluate.metrics import (
 from intactkv.evaluate.windows import Windows
 from intactkv.kv import IntactKV, IntactKVError
 
+FULL = ("full", "full bare")
+
 
 @dataclass(frozen=True, eq=False)
 class Arm:
-    """One thing to measure under a name: a model, with its own prefix or with an intact one attached."""
+    """One thing to measure under a name: a model, with its own prefix or with an intact one attached.
+
+    `skip` first tokens of every window are not shown to it, nor to the full model it is compared with: the prefix's
+    length measures prompts without the prefix.
+    """
 
     name: str
     model: PreTrainedModel
     kv: IntactKV | None = None
+    skip: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +51,7 @@ class Evaluation:
     """What `evaluate` measured: per token, per layer, and how long it took.
 
     `metrics` holds, under "full" and then under each arm's name, TokenMetrics of shape (window, length) on
-    the CPU, each value at the position of the token that was *predicted*. `block_mse` holds, by arm, float64
+    the CPU ("full bare" is the full model where arms skip the prefix), each value at the position of the token that was *predicted*. `block_mse` holds, by arm, float64
     (layer), empty if not asked for. `pairs` are the arms (own, intact) that differ only in the prefix.
     `seconds` is the wall time of all forwards and their comparison.
     """
@@ -56,8 +63,8 @@ class Evaluation:
 
     @property
     def arms(self) -> tuple[str, ...]:
-        """The names of the arms, without "full"."""
-        return tuple(name for name in self.metrics if name != "full")
+        """The names of the arms, without the full model's."""
+        return tuple(name for name in self.metrics if name not in FULL)
 
     @property
     def tokens(self) -> int:
@@ -68,6 +75,11 @@ class Evaluation:
     def tokens_per_second(self) -> float:
         """Tokens of the windows per second of the pass; each counts once, however many arms read it."""
         return self.tokens / self.seconds
+
+    def times_perplexity(self, name: str) -> float:
+        """The arm's perplexity over the full model's."""
+        nll = [self._arm(arm).nll.double().nanmean() for arm in (name, "full")]
+        return float((nll[0] - nll[1]).exp())
 
     def kl_by_position(self, name: str) -> Float[Tensor, "length"]:
         """Mean KL in nats over the windows at each position, float64; NaN where no window scores it."""
@@ -180,7 +192,7 @@ def evaluate(
         (own.name, intact.name)
         for own in arms
         for intact in arms
-        if own.model is intact.model and own.kv is None and intact.kv is not None
+        if own.model is intact.model and own.kv is None and intact.kv is not None and own.skip == intact.skip
     )
     mse = {arm.name: squares[arm.name] / int(windows.scored.sum()) for arm in arms if block_mse}
     return Evaluation(metrics, mse, pairs, seconds)
@@ -224,18 +236,32 @@ def _measure_batch(
     block_mse: bool,
 ) -> dict[str, tuple[TokenMetrics, Float[Tensor, "layer"]]]:
     """One batch's metrics and `_block_squares` by name, "full" first; without `block_mse` none of these."""
-    full_logits, full_hidden = forward(Arm("full", full), ids, hidden=block_mse)
-    labels = ids.roll(-1, dims=1).to(full_logits.device)  # the last position's is wrong and never scored
-    metrics = full_metrics(full_logits, labels)
     nothing = torch.empty(0, dtype=torch.float64)
-    measured = {"full": (at_labels(metrics, scored, name="full"), nothing)}
-    for arm in arms:
-        logits, hidden = forward(arm, ids, hidden=block_mse)
-        metrics = token_metrics(full_logits, logits.to(labels.device), labels)
-        squares = _block_squares(full_hidden, hidden, scored, name=arm.name) if block_mse else nothing
-        measured[arm.name] = at_labels(metrics, scored, name=arm.name), squares
-        del logits, hidden  # before the next arm's are made
+    measured = {}
+    for skip in dict.fromkeys([0, *(arm.skip for arm in arms)]):
+        shown, counts = ids[:, skip:], scored[:, skip:]
+        full_logits, full_hidden = forward(Arm("full", full), shown, hidden=block_mse)
+        labels = shown.roll(-1, dims=1).to(full_logits.device)  # the last position's is wrong and never scored
+        own = at_labels(full_metrics(full_logits, labels), counts, name=FULL[skip > 0])
+        measured[FULL[skip > 0]] = at_columns(own, skip), nothing
+        for arm in arms:
+            if arm.skip == skip:
+                logits, hidden = forward(arm, shown, hidden=block_mse)
+                metrics = token_metrics(full_logits, logits.to(labels.device), labels)
+                squares = _block_squares(full_hidden, hidden, counts, name=arm.name) if block_mse else nothing
+                measured[arm.name] = at_columns(at_labels(metrics, counts, name=arm.name), skip), squares
+                del logits, hidden  # before the next arm's are made
     return measured
+
+
+def at_columns(metrics: TokenMetrics, skip: int) -> TokenMetrics:
+    """Metrics of windows without their first `skip` tokens, at the columns that the tokens have with them."""
+
+    def moved(values: Tensor) -> Tensor:
+        blank = values.new_full((len(values), skip), False if values.dtype == torch.bool else torch.nan)
+        return torch.cat([blank, values], dim=1)
+
+    return metrics.map(moved) if skip else metrics
 
 
 def forward(arm: Arm, ids: Int[Tensor, "window length"], *, hidden: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -294,7 +320,7 @@ def _finite(data: Any) -> Any:
 
 def check_names(names: Sequence[str], batch_size: int) -> None:
     """Raise `IntactKVError` for arm names that repeat or are "full", and for a batch size below 1."""
-    if not names or len(set(names)) < len(names) or "full" in names:
+    if not names or len(set(names)) < len(names) or set(FULL) & set(names):
         raise IntactKVError(
             f'the arms are named {names}; give at least one arm, every one its own name other than "full"'
         )
@@ -317,8 +343,18 @@ def check_arm(arm: Arm, windows: Windows) -> None:
         raise IntactKVError(
             f"the model of arm {arm.name!r} has an intact KV attached; remove it and give the arm its kv instead"
         )
+    check_skip(arm.name, arm.skip, windows)
     if arm.kv is not None:
         check_prefix(arm.name, arm.kv.ids.cpu(), windows)
+
+
+def check_skip(name: str, skip: int, windows: Windows) -> None:
+    """Raise `IntactKVError` where a window scores a token that an arm without its first `skip` tokens cannot predict."""
+    if skip and windows.scored[:, : skip + 1].any():
+        raise IntactKVError(
+            f"the windows score a token up to position {skip}, which arm {name!r}, without the first {skip}, cannot "
+            f"predict; score from position {skip + 1} on"
+        )
 
 
 def check_prefix(name: str, prefix: Int[Tensor, "prefix"], windows: Windows) -> None:

@@ -1,5 +1,8 @@
 """Is an intact prefix worth having? One rule, in one place, from the paired interval of the KL that it closes.
 
+A model whose perplexity, with the intact prefix, is still `BROKEN` times the full model's is **broken**: it has lost the
+text, and a share of its KL, however certain, is not worth having.
+
 The share of the KL to the full model that an intact prefix closes has a 95 % interval, by resampling whole held-out
 windows. Against a floor of `WORTH_IT`, below which an effect, however certain, is not worth having:
 
@@ -17,20 +20,24 @@ from typing import Literal
 from intactkv.evaluate.metrics import Interval
 
 WORTH_IT = 0.02
+BROKEN = 10.0  # log 10 = 2.3 nats worse for every token
 NOTHING = 1e-6  # nats of mean KL: what two ways of computing the same differ by in float32
 
-Verdict = Literal["worth it", "marginal", "no effect", "harmful"]
+Verdict = Literal["broken", "worth it", "marginal", "no effect", "harmful"]
 
 RULE = (
     "From the paired 95 % interval of the share of KL to the full model that the intact prefix closes, over held-out "
     f"windows: worth it if all of it is {100 * WORTH_IT:.0f} % or more; marginal if all of it is above 0 but it begins "
     f"below {100 * WORTH_IT:.0f} %; harmful if all of it is below 0 and it reaches −{100 * WORTH_IT:.0f} %; "
-    "else no effect."
+    f"else no effect. Broken, whatever the interval, if its perplexity with the intact prefix is {BROKEN:.0f} times the full "
+    "model's or more."
 )
 
 
-def judge(gap: Interval, *, own_kl: float | None = None) -> Verdict:
+def judge(gap: Interval, *, own_kl: float | None = None, times: float = 1.0) -> Verdict:
     """The verdict on a share of KL closed with its interval; `own_kl`, the mean KL in nats that could be closed.
+
+    `times` is the perplexity with the intact prefix over the full model's.
 
     Below `NOTHING` nats there is nothing to close and no share means anything: no effect, as without an interval
     (one window).
@@ -38,6 +45,8 @@ def judge(gap: Interval, *, own_kl: float | None = None) -> Verdict:
     >>> judge(Interval(0.08, 0.07, 0.09)), judge(Interval(0.01, 0.005, 0.015))
     ('worth it', 'no effect')
     """
+    if not times < BROKEN:
+        return "broken"
     if (own_kl is not None and own_kl < NOTHING) or not (isfinite(gap.low) and isfinite(gap.high)):
         return "no effect"
     if gap.low >= WORTH_IT:
@@ -49,10 +58,15 @@ def judge(gap: Interval, *, own_kl: float | None = None) -> Verdict:
     return "no effect"
 
 
-def verdict(gap: Interval, *, own_kl: float | None = None) -> str:
+def verdict(gap: Interval, *, own_kl: float | None = None, times: float = 1.0) -> str:
     """The verdict as one sentence with its figures."""
     share = f"{100 * gap.value:+.1f} % (95 % interval {100 * gap.low:+.1f} to {100 * gap.high:+.1f})"
-    judged = judge(gap, own_kl=own_kl)
+    judged = judge(gap, own_kl=own_kl, times=times)
+    if judged == "broken":
+        return (
+            f"broken: its perplexity with the intact prefix is {times:.3g} times the full model's ({BROKEN:.0f} is the "
+            f"limit); the prefix closes {share} of a KL that no prefix can mend"
+        )
     if own_kl is not None and own_kl < NOTHING:
         return f"no effect: the KL to the full model is {own_kl:.1g} nats, so that there is nothing to close"
     if judged == "harmful":

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from intactkv.attachment import attach
 from intactkv.error import IntactKVError
 from intactkv.kv import IntactKV
-from intactkv.load import load_model, load_tokenizer
+from intactkv.load import load_model_on, load_tokenizer
 from intactkv.prefix import bos
 
 Encoded = tuple[tuple[str, str] | None, list[int], list[int]]
@@ -59,7 +59,7 @@ class IntactLM(HFLM):
                     "and the model is the one that kv was made for; leave it out"
                 )
         if isinstance(pretrained, str):
-            name, model = str(pretrained), load_model(pretrained, dtype=_dtype(dtype))
+            name, model = str(pretrained), load_model_on(pretrained, device or "auto", dtype=dtype)
             tokenizer = pretrained if tokenizer is None else tokenizer
         else:
             name, model = str(pretrained.name_or_path), pretrained
@@ -186,12 +186,3 @@ class IntactLM(HFLM):
                 "max_length"
             )
         return [*self.prefix, *ids[len(ids) - (length - len(self.prefix)) :]]
-
-
-def _dtype(name: str | torch.dtype) -> str | torch.dtype:
-    if name == "auto" or isinstance(name, torch.dtype):
-        return name
-    found = getattr(torch, str(name), None)
-    if not isinstance(found, torch.dtype):
-        raise IntactKVError(f"dtype={name!r} is unknown to torch; use auto, float32, bfloat16 or float16")
-    return found

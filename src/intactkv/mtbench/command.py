@@ -38,6 +38,7 @@ class Models:
     kv: Path
     name: str | None
     device: str
+    dtype: str = "auto"
 
     def model_id(self, arm: str) -> str:
         """An arm's name in FastChat's files: the full model's own, or the quantized one's with the arm's."""
@@ -64,6 +65,7 @@ def answer(
         "tokenizer": tokenizer_digest(tokenizer),
         "template": str(tokenizer.chat_template),
         "device": models.device,
+        "dtype": models.dtype,
         "versions": {name: version(name) for name in ("intactkv", "torch", "transformers")},
     }
     for source, wanted in ((models.full, ("full",)), (models.model, ("own", "intact"))):
@@ -80,7 +82,7 @@ def answer(
             console.print(f"{source}: all {len(questions)} questions are answered in {out}", highlight=False)
             continue
         with console.status(f"loading {source}"):
-            model = load_model_on(source, models.device)
+            model = load_model_on(source, models.device, dtype=models.dtype)
         for arm in chosen:
             answerer = Answerer(model, tokenizer, settings, kv if arm == "intact" else None)
             _answer_arm(answerer, questions, files[arm], opened[arm], console)

@@ -146,6 +146,14 @@ def pieces(tokens: Sequence[int], *, count: int = WINDOWS, length: int = WINDOW)
     return torch.tensor(tokens[: len(tokens) // length * length]).view(-1, length)[:count]
 
 
+def behind(
+    prefix: Sequence[int], tokens: Sequence[int], *, count: int = 4, length: int = 64
+) -> Int[Tensor, "window token"]:
+    """A few short windows of a token stream, each behind `prefix`: enough to see where pivots are."""
+    windows = pieces(tokens, count=count, length=length)
+    return torch.cat([torch.tensor(prefix, dtype=torch.int64).expand(len(windows), -1), windows], 1)
+
+
 def opening(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The id that the tokenizer puts in front of every text, None if it puts none there."""
     ids = tokenizer("a").input_ids

@@ -34,20 +34,18 @@ from transformers import (
 )
 
 from intactkv.capturing import capture, checked_ids
-from intactkv.evaluate.compare import Arm, perplexity
-from intactkv.evaluate.windows import Windows, prefixed_windows, scored_after
-from intactkv.kv import IntactKV, IntactKVError, uncovered_layers, weights_digest
+from intactkv.evaluate.windows import prefixed_windows
+from intactkv.kv import IntactKV, IntactKVError, weights_digest
 from intactkv.load import load_with_losses
-from intactkv.pivots.classify import without_pivot
 from intactkv.plain import PREFIX_KV, RECIPE
 from intactkv.quantize.aware import PrefixAware
-from intactkv.quantize.compress import batches, compress_
+from intactkv.quantize.compress import compress_
+from intactkv.quantize.made_for import MadeFor, check_weight
 from intactkv.quantize.methods import Method, recipe
 from intactkv.quantize.quiet import quiet
 
 _TOKENIZER_FILES = ("*token*", "vocab*", "merges*", "chat_template*", "*.model", "*.tiktoken")
 _WINDOW, _WINDOWS = 512, 128
-_JUDGED = 8  # windows that say what a checkpoint loses without its KV
 
 
 def quantize(
@@ -59,6 +57,7 @@ def quantize(
     prefix: Sequence[int] | Tensor | None = None,
     prefix_weight: float | None = None,
     dtype: torch.dtype | str = "auto",
+    device: torch.device | str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Path:
     """Quantize the Linear layers of `model` by `method` and save a compressed-tensors checkpoint in folder `out`.
@@ -69,8 +68,8 @@ def quantize(
 
     `model` is a folder, a name on the Hub, or a model in memory, and stays as it is. Embeddings and output
     head are not quantized. llm-compressor works in `dtype`, by default the one the model was saved in: in bfloat16 the
-    error can exceed scale/2, at 8 bits two- to threefold. It uses an accelerator if there is one. Tokenizer files come
-    along unless the model was in memory.
+    error can exceed scale/2, at 8 bits two- to threefold. `device` is where it computes, None: an accelerator if there
+    is one. Tokenizer files come along unless the model was in memory.
 
     `calibration` are token windows, or a text, of which the first 128 windows of 512 tokens (more after a long
     prefix) are taken, each beginning with the prefix or else with BOS. With `prefix` ids, the folder also holds their
@@ -95,7 +94,7 @@ def quantize(
     if method.needs_calibration and calibration is None:
         name = type(method).__name__
         raise IntactKVError(f"{name} learns from text and calibration is None; give token windows, or use RTN")
-    _check_weight(prefix_weight, method, prefix)
+    check_weight(prefix_weight, method, prefix)
     out.parent.mkdir(parents=True, exist_ok=True)
     said: list[str] = []
     with quiet(), tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
@@ -109,107 +108,34 @@ def quantize(
         full, tokenizer = _load(source, dtype), _tokenizer(source)
         ids = None if prefix is None else checked_ids(prefix, full.config.get_text_config(decoder=True).vocab_size)
         windows, held_out = _windows(calibration, full, tokenizer, ids) if method.needs_calibration else (None, None)
-        weight = None if ids is None or windows is None else _weight(full, ids, windows, prefix_weight, said)
-        aware = None if weight is None or weight == 1 else _aware(method, windows, len(ids), weight)
-        judged = None if aware is None else scored_after(held_out, len(ids))
-        plain = None if judged is None else perplexity(Arm("full", full), judged)
+        made_for = None
+        if ids is not None and windows is not None and held_out is not None:
+            made_for = MadeFor.decide(full, ids, method, windows, prefix_weight, said)
+        if made_for is not None and held_out is not None:
+            made_for.see(full, held_out, device)
+        aware = None if made_for is None else made_for.aware
         keep = _keeper(full, ids, tokenizer, checkpoint, name, aware)
         method = compress_(
             full, method, windows, aware=aware, transformed=None if keep is None else partial(keep, method.basis),
-            progress=progress,
+            device=device, progress=progress,
         )  # fmt: skip
         full.save_pretrained(checkpoint, save_compressed=True)
         del full
         # Its YAML names Python objects, which no safe loader reads; `intactkv.json` says more.
         (checkpoint / "recipe.yaml").unlink()
         quantized = _loaded_back(checkpoint)
-        wants = None
-        if aware is not None:
-            wants = {"weight": weight, "prefix": ids.tolist(), "perplexity": None}
-            wants["perplexity"] = {"full": plain, **_with_and_without(quantized, checkpoint / PREFIX_KV, judged, wants)}
+        if made_for is not None and held_out is not None:
+            kv = IntactKV.load(checkpoint / PREFIX_KV)
+            made_for.judge(quantized, kv, held_out, device)
+            about = {**kv.provenance, "prefix_aware": made_for.to_dict()}
+            replace(kv, provenance=about).save(checkpoint / PREFIX_KV)
         del quantized
-        _record(checkpoint, method, windows, ids, wants)
+        _record(checkpoint, method, windows, ids, made_for)
         _copy_tokenizer(source, tokenizer, checkpoint)
         checkpoint.replace(out)
     for sentence in said:
         warnings.warn(sentence, stacklevel=2)
     return out
-
-
-def _check_weight(weight: float | None, method: Method, prefix: Any) -> None:
-    """Refuse a weight of prefix tokens that is none, that says nothing, or that the method cannot take."""
-    if weight is None:
-        return
-    if not 0 <= weight <= 1:
-        raise IntactKVError(
-            f"prefix_weight={weight} must lie between 0 (prefix tokens do not count) and 1 (the ordinary checkpoint)"
-        )
-    if prefix is None:
-        raise IntactKVError(f"prefix_weight={weight} says how much prefix tokens count and prefix is None; give its ids")
-    if not method.needs_calibration and weight < 1:
-        raise IntactKVError(
-            f"{type(method).__name__} learns nothing from text, so that no token counts (prefix_weight={weight}); "
-            "leave it out, or use a method that learns"
-        )
-    if 0 < weight < 1 and not method.weighs:
-        raise IntactKVError(
-            f"{type(method).__name__} cannot let prefix tokens count in part (prefix_weight={weight}): it learns ranges, "
-            "or from batches of its own; use 0 or 1"
-        )
-
-
-def _weight(
-    full: PreTrainedModel, ids: Tensor, windows: Int[Tensor, "window token"], asked: float | None, said: list[str]
-) -> float:
-    """How much prefix tokens count. Says where nothing can be gained, refuses what would be wrong."""
-    length = windows.shape[1]
-    if length <= len(ids):
-        raise IntactKVError(
-            f"the prefix of {len(ids)} tokens leaves nothing of calibration windows of {length}; give longer windows"
-        )
-    if not (windows[:, : len(ids)] == ids).all():
-        row = int((windows[:, : len(ids)] != ids).any(1).nonzero()[0])
-        raise IntactKVError(
-            f"calibration window {row} does not begin with the prefix {ids[:8].tolist()}; cut the text with "
-            "prefixed_windows(tokens, prefix=…, window=…).ids"
-        )
-    uncovered = uncovered_layers(capture(full, ids), full.config)
-    if uncovered and asked is not None and asked < 1:
-        raise IntactKVError(
-            f"layers {uncovered} of {full.config.model_type} keep a state that no intact KV covers, so that later tokens "
-            f"read prefix tokens there and these must count; leave prefix_weight={asked} out, or use 1"
-        )
-    if uncovered:
-        said.append(
-            f"layers {uncovered} of {full.config.model_type} keep a state that no intact KV covers: prefix tokens count "
-            "as in an ordinary checkpoint"
-        )
-    misplaced = without_pivot(full, windows[:4, :256], size=len(ids))
-    if misplaced:
-        said.append(misplaced)
-    return (1.0 if uncovered else 0.0) if asked is None else float(asked)
-
-
-def _aware(method: Method, windows: Int[Tensor, "window token"], size: int, weight: float) -> PrefixAware:
-    """What the method is shown: `weight` of all windows, evenly spread, the ordinary way."""
-    count = torch.arange(1, len(windows) + 1, dtype=torch.float64) * weight
-    ordinary = (count + 1e-9).floor().diff(prepend=torch.zeros(1, dtype=torch.float64)) > 0
-    sizes = [len(batch) for batch in batches(windows, method)]
-    return PrefixAware(size, windows.shape[1], list(ordinary.split(sizes)))
-
-
-def _with_and_without(
-    quantized: PreTrainedModel, kv_file: Path, judged: Windows, wants: dict[str, Any]
-) -> dict[str, Any]:
-    """The quantized model's perplexity with its intact KV and with its own prefix; the KV's file says it too."""
-    kv = IntactKV.load(kv_file)
-    found = {
-        "with_kv": perplexity(Arm("intact", quantized, kv), judged),
-        "without_kv": perplexity(Arm("own", quantized), judged),
-        "windows": len(judged),
-    }
-    replace(kv, provenance={**kv.provenance, "prefix_aware": {**wants, "perplexity": found}}).save(kv_file)
-    return found
 
 
 def _load(source: Path, dtype: torch.dtype | str) -> PreTrainedModel:
@@ -241,7 +167,7 @@ def _windows(
     tokenizer: PreTrainedTokenizerBase | None,
     prefix: Tensor | None,
 ) -> tuple[Int[Tensor, "window token"], Int[Tensor, "window token"]]:
-    """The calibration as checked token windows on the CPU, and a few more to judge by, held out where there are any."""
+    """The calibration as checked token windows on the CPU, and some of the same text held out, if there is more of it."""
     config = full.config.get_text_config(decoder=True)
     if isinstance(calibration, str):
         if tokenizer is None:
@@ -252,7 +178,7 @@ def _windows(
         longest = getattr(config, "max_position_embeddings", None) or _WINDOW
         window = min(max(_WINDOW, len(start) + _WINDOW // 2), longest, len(tokens) + len(start))
         windows = prefixed_windows(tokens, prefix=start, window=window).ids
-        return windows[:_WINDOWS], windows[_WINDOWS : _WINDOWS + _JUDGED] if len(windows) > _WINDOWS else windows[-_JUDGED:]
+        return windows[:_WINDOWS], windows[_WINDOWS:] if len(windows) > _WINDOWS else windows
     windows = torch.as_tensor(calibration).cpu()
     if windows.ndim != 2 or windows.dtype != torch.int64 or windows.numel() == 0:
         raise IntactKVError(
@@ -264,7 +190,7 @@ def _windows(
             f"calibration holds ids from {int(windows.min())} to {int(windows.max())}, outside the vocabulary of "
             f"{config.vocab_size}; tokenize with this model's tokenizer"
         )
-    return windows, windows[-_JUDGED:]
+    return windows, windows
 
 
 def _keeper(
@@ -298,12 +224,9 @@ def _record(
     method: Method,
     windows: Int[Tensor, "window token"] | None,
     prefix: Tensor | None,
-    wants: dict[str, Any] | None,
+    made_for: MadeFor | None,
 ) -> None:
-    """Write `intactkv.json`: the method with its settings, its basis, the calibration's digest, the versions.
-
-    `wants` says which prefix the checkpoint was made for, and what it loses without.
-    """
+    """Write `intactkv.json`: the method with its settings, its basis, the calibration's digest, the versions."""
     learned = None
     if windows is not None:
         digest = hashlib.sha256(windows.contiguous().numpy().tobytes()).hexdigest()
@@ -313,7 +236,7 @@ def _record(
         "basis": method.basis,
         "calibration": learned,
         "prefix": None if prefix is None else prefix.tolist(),
-        "prefix_aware": wants,
+        "prefix_aware": None if made_for is None else made_for.to_dict(),
         "versions": {name: _version(name) for name in ("intactkv", "llmcompressor", "compressed-tensors",
                                                        "auto-round", "transformers", "torch")},
     }  # fmt: skip

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ def compress_(
     *,
     aware: PrefixAware | None = None,
     transformed: Callable[[PreTrainedModel], Any] | None = None,
+    device: torch.device | str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Method:
     """Transform and round `full` by `method`, in place; its weights are rounded, not yet packed.
@@ -38,7 +39,8 @@ def compress_(
 
     `transformed` is called once with the model after the transforms and before any rounding, which is switched off
     for it; there `aware`, which says what steps are shown of the calibration, is given the intact KV. `aware` must
-    have been made for `batches(calibration, method)`. `progress(done, total)` counts blocks. Raises IntactKVError where
+    have been made for `batches(calibration, method)`. `device` None is an accelerator if there is one.
+    `progress(done, total)` counts blocks. Raises IntactKVError where
     the method does not fit the model.
     """
     from llmcompressor import oneshot
@@ -71,6 +73,7 @@ def compress_(
             nullcontext() if aware is None else aware.opened(full),
             patched(IntermediatesCache, "pin_memory", _pin(IntermediatesCache)),
             patched(LifecycleCallbacks, "sequential_epoch_end", count),
+            nullcontext() if device is None else _on(device),
         ):
             data = _loader(batches(shown, method), masks)
             oneshot(model=full, recipe=steps, dataset=data, processor=no_tokenizer, use_loss_mask=masks is not None)
@@ -115,6 +118,18 @@ def _targets(full: PreTrainedModel) -> tuple[dict[str, int], list[str]]:
     return widths, [name for name, layer in layers if layer is head]
 
 
+@contextmanager
+def _on(device: torch.device | str) -> Iterator[None]:
+    """llm-compressor's pipelines compute on `device`, where they would take any accelerator there is."""
+    from llmcompressor.pipelines.data_free import pipeline as data_free
+    from llmcompressor.pipelines.sequential import pipeline as sequential
+
+    with ExitStack() as stack:
+        for pipeline in (data_free, sequential):
+            stack.enter_context(patched(pipeline, "get_main_device", lambda: torch.device(device)))
+        yield
+
+
 def _pin(cache: Any) -> Callable[..., None]:
     """Memory can be pinned for an accelerator only; without one AWQ would fail in trying."""
     return cache.pin_memory if torch.accelerator.is_available() else lambda *args, **kwargs: None
@@ -144,7 +159,7 @@ def _probe(
 
 @torch.no_grad()
 def _logits(model: PreTrainedModel, ids: Int[Tensor, "batch token"]) -> Float[Tensor, "batch token vocab"]:
-    return model(input_ids=ids.to(model.device), use_cache=False).logits.float()
+    return model(input_ids=ids.to(model.device), use_cache=False).logits.float().cpu()
 
 
 def _check_same(before: Tensor, after: Tensor, method: Method, model: PreTrainedModel) -> None:

@@ -76,7 +76,9 @@ class _Levels:
             return replace(self, group_size=fitting[0] if fitting else None)
         for name, width in widths.items():
             if self.group_size is not None and width % self.group_size:
-                fit = f"{', '.join(map(str, fitting))} fit every layer" if fitting else "no power of two from 16 on fits"
+                fit = (
+                    f"{', '.join(map(str, fitting))} fit every layer" if fitting else "no power of two from 16 on fits"
+                )
                 raise IntactKVError(
                     f"group_size={self.group_size} does not divide in_features={width} of {name}; {fit}, "
                     '"auto" takes the largest'
