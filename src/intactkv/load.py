@@ -133,7 +133,9 @@ def device_named(name: str) -> torch.device:
     if name == "auto":
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         # float64, in which figures are summed, is not to be had on "mps"
-        return torch.device("cpu") if accelerator is None or accelerator.type == "mps" else accelerator
+        if accelerator is None or accelerator.type == "mps":
+            return torch.device("cpu")
+        return torch.device(accelerator.type, torch.accelerator.current_device_index())
     try:
         return torch.device(name)
     except RuntimeError as error:
