@@ -120,6 +120,8 @@ class PrefixAware:
             return x[mask]
         if x.ndim == 2 and len(x) == mask.numel():
             return x[mask.flatten()]
+        if x.ndim == 4 and x.shape[:3] == (len(mask), 1, mask.shape[1]):  # latents as one head
+            return x[:, 0][mask]
         raise IntactKVError(
             f"activations of shape {tuple(x.shape)} do not show which of {tuple(mask.shape)} tokens they belong to, so "
             "that prefix tokens cannot be left out; make the ordinary checkpoint (prefix_weight=1)"
@@ -158,10 +160,12 @@ class PrefixAware:
         def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             place = parameters.index(name) if name in parameters else len(args)
             cache = args[place] if place < len(args) else kwargs.get(name)
+            hidden = args[0] if args else kwargs["hidden_states"]
+            if hidden.is_meta:
+                return None  # llm-compressor traces the model
             if isinstance(cache, _Intact) and self._trial:
                 self._running = cache  # AWQ replays a call of a whole block
             elif cache is None or isinstance(cache, _Intact):
-                hidden = args[0] if args else kwargs["hidden_states"]
                 rows, length = hidden.shape[-3:-1]
                 self._running = _Intact(self, _counted(self._shown(layer, rows), self.size, length))
             else:

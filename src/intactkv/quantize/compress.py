@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from intactkv.kv import IntactKVError
 from intactkv.quantize.aware import PrefixAware
+from intactkv.quantize.causal import causal
 from intactkv.quantize.methods import AWQ, Method, fitted
 from intactkv.quantize.quiet import patched
 
@@ -45,6 +46,7 @@ def compress_(
     """
     from llmcompressor import oneshot
     from llmcompressor.core import LifecycleCallbacks, create_session
+    from llmcompressor.modeling.moe.linear_experts import LinearExperts2D
     from llmcompressor.modeling.moe.linearize import linearize_moe
     from llmcompressor.pipelines.cache import IntermediatesCache
 
@@ -53,6 +55,11 @@ def compress_(
     linearize_moe(full)  # experts kept in one tensor become Linear layers; a dense model is left alone
     widths, ignore = _targets(full)
     method = fitted(method, widths)
+    if aware is not None and isinstance(method, AWQ) and any(isinstance(m, LinearExperts2D) for m in full.modules()):
+        raise IntactKVError(
+            f"AWQ cannot leave prefix tokens out on {type(full).__name__}, whose experts get tokens without their places; "
+            "use GPTQ, or prefix_weight=1"
+        )
     probe, before = _probe(full, calibration)
 
     def look(model: PreTrainedModel) -> None:
@@ -70,6 +77,7 @@ def compress_(
         masks = aware.masks if aware is not None and isinstance(method, AWQ) else None
         with (
             create_session(),
+            causal(full),
             nullcontext() if aware is None else aware.opened(full),
             patched(IntermediatesCache, "pin_memory", _pin(IntermediatesCache)),
             patched(LifecycleCallbacks, "sequential_epoch_end", count),
