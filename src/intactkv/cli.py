@@ -51,7 +51,7 @@ def capture_command(
     ] = "bos",
     system: Annotated[str | None, typer.Option(help="The system prompt, with `--prefix chat`.")] = None,
     ids: Annotated[str | None, typer.Option(help="Explicit token ids instead, such as `1,887,526`.")] = None,
-    data: Annotated[Path | None, typer.Option(help="A UTF-8 text to look for pivots in.", metavar="TEXT")] = None,
+    data: Annotated[Path | None, typer.Option(help="With `--prefix auto`, a UTF-8 text to look for pivots in.", metavar="TEXT")] = None,
     device: Device = "auto",
     dtype: DType = "auto",
 ) -> None:
@@ -64,6 +64,8 @@ def capture_command(
 
     tokenizer = load_tokenizer(model)
     auto = prefix == "auto" and ids is None
+    if data is not None and not auto:
+        raise IntactKVError(f"--data {data} goes with --prefix auto; add it")
     text = read_text(data or TEXT)
     chosen = [] if auto else _ids(ids) if ids is not None else _prefix(tokenizer, prefix, system)
     if dtype == "auto" and device_named(device).type == "cpu":

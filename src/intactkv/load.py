@@ -140,7 +140,7 @@ def device_named(name: str) -> torch.device:
         return torch.device(name)
     except RuntimeError as error:
         raise IntactKVError(
-            f"--device {name} is unknown to torch ({_first_line(error)}); use auto, cpu or cuda"
+            f"a model cannot be put on --device {name} ({_first_line(error)}); use auto, cpu or cuda"
         ) from error
 
 

@@ -20,16 +20,18 @@ from intactkv.decoder import watched_outputs
 from intactkv.evaluate import Arm, Evaluation, Interval, Windows, evaluate, judge, prefixed_windows
 from intactkv.kv import IntactKV, IntactKVError
 from intactkv.pivots.attention import Attended, Blocks, watched_attention
-from intactkv.pivots.classify import Diagnosis, diagnose
+from intactkv.pivots.classify import Diagnosis, diagnose, without_pivot
 from intactkv.pivots.discover import Trial, pieces, search
 from intactkv.pivots.measure import LayerPivot, first_token_pivots
 from intactkv.pivots.pair import LayerBudget, error_budget, mse_by_prefix_size
 from intactkv.record import recorded
 
 SEARCHED = 0.3  # the share of the text in which pivots are looked for
-MOST_WINDOWS = 64  # of the rest, on which three arms are measured
+MOST_WINDOWS = 24  # of the rest, on which three arms are measured
 SHOWN = 64  # tokens in the pictures of activations and attention
-MSE_WINDOWS, BUDGET_WINDOWS, LAYER_WINDOWS = 4, 2, 8
+SEARCH_WINDOWS = 6
+MSE_WINDOWS, BUDGET_WINDOWS, LAYER_WINDOWS = 2, 2, 6
+LAYER_TOKENS = 48  # of each window, for one forward a layer
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,12 +97,14 @@ def examine(
     tokens: Sequence[int],
     *,
     start: int | None = None,
+    chat: int | None = None,
     window: int = 128,
     step: Callable[[str], None] = lambda message: None,
 ) -> Examination:
     """Examine `full` and the quantized `models` made from it, by name, on one stream of `tokens` without [BOS].
 
-    `start` is the id that every prompt begins with, None if there is none. `step` is told what is being done. Raises
+    `start` is the id that every prompt begins with, None if there is none; `chat` the one that conversations begin
+    with, which is preferred where any first token is a pivot. `step` is told what is being done. Raises
     `IntactKVError` where there are too few tokens: about 20 windows make a fair verdict, 4 are the least.
     """
     if not models:
@@ -115,8 +119,8 @@ def examine(
     step("looking for pivots")
     plain = pieces(searched, length=window)
     diagnosis = diagnose(full, plain, bos=start)
-    trials = search(full, pieces(searched), start=start)
-    prefix, discovered = _prefix(trials, start, searched)
+    trials = search(full, pieces(searched, count=SEARCH_WINDOWS), start=start, chat=chat)
+    prefix, discovered = _prefix(trials, chat if start is None else start, searched)
     step("capturing the prefix")
     kv = capture(full, prefix)
     cut_to = prefixed_windows(held_out, prefix=prefix, window=max(window, len(prefix) + 32))
@@ -126,6 +130,9 @@ def examine(
     evaluation = evaluate(full, arms, windows)
     examined = max(models, key=lambda name: float(evaluation.metrics[f"{name} own"].kl.double().nanmean()))
     model, missing = models[examined], []
+    idle = None if discovered else without_pivot(full, windows.ids[:4], size=len(prefix))
+    if idle is not None:
+        missing.append(f"{idle[0].upper()}{idle[1:]}.")
     step("finding where the error comes from")
     size = len(prefix)
     sizes = sorted({0, 1, 2, 4, 8, size})
@@ -162,7 +169,8 @@ def examine(
 
 def layer_effects(full: PreTrainedModel, model: PreTrainedModel, kv: IntactKV, windows: Windows) -> dict[int, Interval]:
     """The share of KL that one layer's intact keys and values close, the other layers keeping the model's own."""
-    few = Windows(windows.ids[:LAYER_WINDOWS], windows.scored[:LAYER_WINDOWS])
+    length = max(LAYER_TOKENS, len(kv) + LAYER_TOKENS // 2)
+    few = Windows(windows.ids[:LAYER_WINDOWS, :length], windows.scored[:LAYER_WINDOWS, :length])
     own = {i: (key[0], value[0]) for i, (key, value) in recorded(model, kv.ids[None]).items()}
     if own.keys() != kv.layers.keys():
         raise IntactKVError("the quantized model has keys and values in other layers; give one made from this model")

@@ -24,7 +24,7 @@ from intactkv.doctor.words import (
 from intactkv.evaluate.verdict import RULE
 from intactkv.kv import IntactKVError
 from intactkv.load import load_model_on, load_tokenizer, read_text
-from intactkv.pivots.discover import opening
+from intactkv.pivots.discover import first_of_chat, opening
 from intactkv.report import arms_table, made_by, write_json
 
 BITS = (4, 3)
@@ -54,7 +54,8 @@ def run(
         models = _models(full, quantized)
     tokens = tokenizer(read_text(data or TEXT), add_special_tokens=False, verbose=False).input_ids
     with console.status("examining") as status:
-        found = examine(full, models, tokens, start=opening(tokenizer), window=window, step=status.update)
+        begin = {"start": opening(tokenizer), "chat": first_of_chat(tokenizer)}
+        found = examine(full, models, tokens, **begin, window=window, step=status.update)
         status.update("drawing")
         name = names(tokenizer)
         shown = "the embedded model" if model is None else model

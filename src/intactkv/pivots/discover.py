@@ -99,7 +99,7 @@ def shortest_prefix(
     """Greedy search over prefixes, given what counts the pivots that a prefix leaves. No model in it.
 
     A prefix grows by the most frequent remaining pivot that lowers their number, of up to `TRIES`; then tokens other
-    than `start` that turn out not to be needed are dropped, from the last. The first trial is the text as it is, with
+    than `start` and `first` that turn out not to be needed are dropped, from the last. The first trial is the text as it is, with
     nothing intact; if that holds no pivot it is the only one.
     """
     trials: list[Trial] = []
@@ -125,7 +125,8 @@ def shortest_prefix(
                 break
         if best is now:
             break
-    for i in range(len(best.prefix) - 1, 0 if start is not None else -1, -1):
+    begins = best.prefix[:1] in ((start,), (first,))  # as prompts do: without it no prompt has the prefix
+    for i in range(len(best.prefix) - 1, 0 if begins else -1, -1):
         if len(best.prefix) > 1:
             shorter = [*best.prefix[:i], *best.prefix[i + 1 :]]
             known = [trial for trial in trials if list(trial.prefix) == shorter]
