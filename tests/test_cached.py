@@ -426,3 +426,24 @@ def test_killed_at_once_and_run_again_gives_the_same_bits(w3: Path, tmp_path: Pa
     resumed, plain = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("resumed", "plain"))
     assert resumed["cache"]["read"] >= 4
     assert (resumed["arms"], resumed["pairs"]) == (plain["arms"], plain["pairs"])
+
+
+def test_prompts_without_the_prefix_are_kept_too(loads: Loads, kv: IntactKV, windows: Windows, tmp_path: Path) -> None:
+    """The same figures as without a cache, fresh and read; the arms with the prefix are not measured again for them."""
+    skip = len(kv)
+    cached(loads, kv, windows, tmp_path, ("w3",))
+    loads.loaded.clear()
+    made = loads.checkpoint("w3")
+    arms = [StoredArm("w3 own", made), StoredArm("w3 intact", made, kv), StoredArm("w3 bare", made, None, skip)]
+    store = Store(tmp_path, "digest of full")
+    model = loads.models["w3"]
+    plain = [Arm("w3 own", model), Arm("w3 intact", model, kv), Arm("w3 bare", model, None, skip)]
+    want = evaluate(loads.models["full"], plain, windows, batch_size=BATCH, block_mse=False).metrics
+    for computed in (2 * 3, 0):  # the full model's batches without the prefix and the bare arm's, then nothing
+        found, traces = evaluate_cached(loads.checkpoint("full"), arms, windows, store=store, batch_size=BATCH)
+        assert traces.computed == computed
+        assert set(found.metrics) == set(want)
+        for name, metrics in found.metrics.items():
+            for figure, values in vars(metrics).items():
+                assert torch.equal(values.nan_to_num(-1), getattr(want[name], figure).nan_to_num(-1)), (name, figure)
+    assert loads.loaded == ["full", "w3"]

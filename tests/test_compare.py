@@ -10,6 +10,8 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from models import PREFIX as IDS
+from models import VOCAB, build, by_name, rounded
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -246,3 +248,25 @@ def test_bad_settings_are_refused(full: LlamaForCausalLM, windows: Windows) -> N
         evaluate(full, [Arm("own", full)], windows, batch_size=0)
     with pytest.raises(IntactKVError, match="no arm 'other'; the arms are full, own"):
         evaluate(full, [Arm("own", full)], windows).kl_by_position("other")
+
+
+def test_prompts_without_the_prefix_are_an_arm_of_their_own() -> None:
+    """It is the model, and the full one, on the windows' tokens alone, scored at the same labels."""
+    full = build(by_name("llama-gqa"))
+    model, skip = rounded(full), len(IDS)
+    windows = prefixed_windows(torch.arange(8, 8 + 300).remainder(VOCAB - 8) + 8, prefix=IDS, window=24)
+    arms = [Arm("own", model), Arm("bare", model, None, skip), Arm("intact", model, capture(full, IDS))]
+    found = evaluate(full, arms, windows, block_mse=False)
+    assert list(found.metrics) == ["full", "own", "intact", "full bare", "bare"]
+    assert found.arms == ("own", "intact", "bare")
+    assert found.pairs == (("own", "intact"),)
+    with torch.no_grad():
+        ours, theirs = (m(windows.ids[:, skip:]).logits.double().log_softmax(-1) for m in (full, model))
+    kl = (ours.exp() * (ours - theirs)).sum(-1)[:, :-1]  # what predicts each token from the second on
+    torch.testing.assert_close(found.metrics["bare"].kl[:, skip + 1 :].double(), kl, rtol=0, atol=1e-5)
+    assert found.metrics["bare"].kl[:, : skip + 1].isnan().all()
+    labels = windows.ids[:, skip + 1 :, None]
+    nll = -ours[:, :-1].gather(-1, labels)[..., 0]
+    torch.testing.assert_close(found.metrics["full bare"].nll[:, skip + 1 :].double(), nll, rtol=0, atol=1e-5)
+    with pytest.raises(IntactKVError, match=r"score a token up to position 4, which arm 'bare'"):
+        evaluate(full, [Arm("bare", model, None, 4)], windows, block_mse=False)

@@ -249,6 +249,9 @@ def test_the_verdict_follows_its_rule(low: float, high: float, want: str) -> Non
     assert judge(gap) == want
     assert verdict(gap).startswith(want)
     assert judge(gap, own_kl=1e-9) == "no effect"
+    assert judge(gap, times=9.9) == want
+    assert judge(gap, times=10.0) == judge(gap, times=float("nan")) == "broken"
+    assert verdict(gap, times=4.7e6).startswith("broken: its perplexity with the intact prefix is 4.7e+06 times")
 
 
 @given(low=st.floats(-2, 1), width=st.floats(0, 1), shift=st.floats(0, 1))

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from intactkv import IntactKV, attach, capture
 from intactkv.evaluate import Windows, judge, three_arms, verdict
-from intactkv.pivots import first_token_pivots, measure
+from intactkv.pivots import first_token_pivots, measure, without_pivot
 
 
 @pytest.fixture(scope="module")
@@ -87,3 +87,15 @@ def test_bos_is_the_only_token_whose_keys_and_values_the_damage_changes(full: Pr
     want = full(ids, output_hidden_states=True).hidden_states
     for ours, theirs in zip(attached, want, strict=True):
         assert torch.allclose(ours[:, 1:], theirs[:, 1:], atol=1e-4)
+
+
+def test_a_prefix_without_the_pivot_is_said_to_do_nothing(full: PreTrainedModel) -> None:
+    """[BOS] behind another first token is the pivot all the same; keeping that other token intact is of no use."""
+    ids = windows().ids
+    displaced = torch.cat([ids[:, 5:6], ids], 1)
+    said = without_pivot(full, displaced, size=1)
+    assert said is not None
+    assert f"token {BOS} at position 1 does" in said
+    assert without_pivot(full, displaced, size=2) is None
+    assert without_pivot(full, ids, size=1) is None
+    assert without_pivot(full, ids[:, 1:], size=1) is None, "where nothing is a pivot there is nothing to miss"

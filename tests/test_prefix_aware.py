@@ -133,7 +133,8 @@ def test_an_ordinary_checkpoint_is_what_it_was(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("weight", [0.25, 0.5])
 def test_a_weight_is_the_share_of_windows_shown_the_ordinary_way(weight: float, tmp_path: Path) -> None:
-    assert len(batches(MANY, GPTQ(3, GROUP))) > 1 and len(MANY) % 4 == 0
+    assert len(batches(MANY, GPTQ(3, GROUP))) > 1
+    assert len(MANY) % 4 == 0
     given = shown(saved("llama-gqa", tmp_path), GPTQ(3, GROUP), MANY, weight)
     rows = len(given["model.layers.1.mlp.down_proj"])
     assert rows == len(MANY) * (32 - P) + int(weight * len(MANY)) * P
@@ -207,7 +208,9 @@ def test_awqs_search_reads_the_keys_and_values_from_before(tmp_path: Path) -> No
 
     with patched(PrefixAware, "read", look), patched(AWQModifier, "_compute_loss", watch):
         compressed(model, AWQ(3, GROUP, grid=4))
-    assert losses and read and not all(same for same, _ in read)
+    assert losses
+    assert read
+    assert not all(same for same, _ in read)
     for _, key in read:
         torch.testing.assert_close(key, clean.layers[0][0], rtol=0, atol=1e-4)
 
@@ -225,7 +228,8 @@ def test_autorounds_loss_knows_nothing_of_prefix_positions(tmp_path: Path) -> No
 
     with patched(SignRoundQuantizer, "_get_loss", look):
         compressed(saved("llama-gqa", tmp_path), AutoRound(3, GROUP, iterations=2))
-    assert seen and all(x.shape[1] == 32 for x in seen)
+    assert seen
+    assert all(x.shape[1] == 32 for x in seen)
     assert all(not x[:, :P].any() and x[:, P:].any() for x in seen)
 
 
@@ -262,7 +266,8 @@ def test_a_checkpoint_made_for_its_prefix_of_every_architecture(name: str, tmp_p
     """Fused projections, MLA, windows, experts: it is made, loads back, and says what it is."""
     out = quantize(build(by_name(name)), tmp_path / "q", method=GPTQ(4, None), calibration=windows.ids, prefix=PREFIX)
     made_for = made_for_prefix(out)
-    assert made_for is not None and (made_for["weight"], made_for["prefix"]) == (0.0, PREFIX)
+    assert made_for is not None
+    assert (made_for["weight"], made_for["prefix"]) == (0.0, PREFIX)
     kv = IntactKV.load(out / PREFIX_KV)
     assert kv.provenance["prefix_aware"] == made_for
     attach(load_model(out), kv).remove()
@@ -279,7 +284,8 @@ def test_every_method_that_learns_says_what_it_was_made_for(method: Method, tmp_
     out = quantize(full, tmp_path / "q", method=method, calibration=windows.ids, prefix=PREFIX)
     said = json.loads((out / RECIPE).read_text())["prefix_aware"]
     figures = said["perplexity"]
-    assert figures["windows"] == 8 and all(figures[arm] > 1 for arm in ("full", "with_kv", "without_kv"))
+    assert figures["windows"] == 8
+    assert all(figures[arm] > 1 for arm in ("full", "with_kv", "without_kv"))
     model, kv = load_model(out), IntactKV.load(out / PREFIX_KV)
     with pytest.warns(UserWarning, match=r"was quantized for its intact prefix and runs without it \(perplexity"):
         model(windows.ids[:1])
@@ -342,7 +348,7 @@ def test_static_and_float8_settings() -> None:
         IntactKVError, match="static_activations=True says how inputs are rounded; give activation_bits"
     ):
         RTN(4, GROUP, static_activations=True)
-    with pytest.raises(IntactKVError, match="float8=True is a number of 8 bits, not bits=4"):
+    with pytest.raises(IntactKVError, match="float8=True is 8 bits, not bits=4"):
         RTN(4, GROUP, float8=True)
     with pytest.raises(IntactKVError, match="group_size=big must be positive"):
         RTN(4, "big")  # type: ignore[arg-type]
@@ -364,4 +370,5 @@ def test_put_is_what_later_tokens_read() -> None:
     intact = IntactTensors(kv).like(0, key, key)[0]
     row = torch.tensor([1] * P)
     out = put(key, intact, Sites(row, torch.arange(P), torch.arange(P)), layer=0)
-    assert torch.equal(out[0], key[0]) and torch.equal(out[1, :, :P], kv.layers[0][0])
+    assert torch.equal(out[0], key[0])
+    assert torch.equal(out[1, :, :P], kv.layers[0][0])

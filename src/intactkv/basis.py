@@ -168,7 +168,7 @@ def refuse_foreign(model: PreTrainedModel, kv: IntactKV) -> None:
 
 
 def own_errors(model: PreTrainedModel, kv: IntactKV) -> dict[str, dict[int, float]]:
-    """How far the model's own keys and values of the prefix are from the intact ones, by layer: ‖own − intact‖/‖intact‖.
+    """How far a model's own keys and values of the prefix are from the intact ones, by layer: ‖own − intact‖/‖intact‖.
 
     Raises `IntactKVError` where a layer has none, or of other shapes.
     """

@@ -51,7 +51,9 @@ def capture_command(
     ] = "bos",
     system: Annotated[str | None, typer.Option(help="The system prompt, with `--prefix chat`.")] = None,
     ids: Annotated[str | None, typer.Option(help="Explicit token ids instead, such as `1,887,526`.")] = None,
-    data: Annotated[Path | None, typer.Option(help="With `--prefix auto`, a UTF-8 text to look for pivots in.", metavar="TEXT")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="With `--prefix auto`, a UTF-8 text to look for pivots in.", metavar="TEXT")
+    ] = None,
     device: Device = "auto",
     dtype: DType = "auto",
 ) -> None:

@@ -35,7 +35,8 @@ def load_model(source: str | os.PathLike[str], *, dtype: torch.dtype | str = "au
     """A causal LM in eval mode from a folder or hub name, quantized checkpoints included.
 
     Rotations that a compressed-tensors checkpoint wants done while the model runs, which transformers drops, are put
-    back. A checkpoint made for its intact KV warns once when it runs without. Raises `IntactKVError` where there is no model, and where the checkpoint and transformers' model do not hold
+    back. A checkpoint made for its intact KV warns once when it runs without. Raises `IntactKVError` where there is no
+    model, and where the checkpoint and transformers' model do not hold
     the same tensors: what is missing would be random, what is unexpected would be dropped.
     """
     model, losses = load_with_losses(source, dtype=dtype)

@@ -1,7 +1,7 @@
 """A checkpoint made for its intact KV says so: in its folder, and once when it runs without.
 
-`quantize` leaves prefix tokens out of what a quantizer learns from, since nobody reads them once their KV is intact. Such
-a checkpoint is worse than an ordinary one wherever they are read: with its own prefix, and for prompts without it.
+`quantize` leaves prefix tokens out of what a quantizer learns from, since nobody reads them once their KV is intact.
+Such a checkpoint is worse than an ordinary one wherever they are read: with its own prefix, and for prompts without it.
 """
 
 from __future__ import annotations

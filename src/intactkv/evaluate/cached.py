@@ -153,7 +153,7 @@ class _Run:
     def measure_full(
         self, full: Checkpoint, windows: Windows, columns: dict[str, _Column], skips: dict[str, int], needed: list[int]
     ) -> None:
-        """Complete the store and the full model's own figures for the batches at `needed`, without `skips` tokens too."""
+        """Complete the store and the full model's own figures at the batches `needed`, without `skips` tokens too."""
         wanted = [(name, skip, i) for name, skip in skips.items() for i in needed]
         missing = [
             self.batches[i].ids[:, skip:]

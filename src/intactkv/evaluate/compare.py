@@ -51,7 +51,8 @@ class Evaluation:
     """What `evaluate` measured: per token, per layer, and how long it took.
 
     `metrics` holds, under "full" and then under each arm's name, TokenMetrics of shape (window, length) on
-    the CPU ("full bare" is the full model where arms skip the prefix), each value at the position of the token that was *predicted*. `block_mse` holds, by arm, float64
+    the CPU, each value at the position of the token that was *predicted*; "full bare" is the full model where arms
+    skip the prefix. `block_mse` holds, by arm, float64
     (layer), empty if not asked for. `pairs` are the arms (own, intact) that differ only in the prefix.
     `seconds` is the wall time of all forwards and their comparison.
     """
@@ -349,7 +350,7 @@ def check_arm(arm: Arm, windows: Windows) -> None:
 
 
 def check_skip(name: str, skip: int, windows: Windows) -> None:
-    """Raise `IntactKVError` where a window scores a token that an arm without its first `skip` tokens cannot predict."""
+    """Raise `IntactKVError` where a window scores what an arm without its first `skip` tokens cannot predict."""
     if skip and windows.scored[:, : skip + 1].any():
         raise IntactKVError(
             f"the windows score a token up to position {skip}, which arm {name!r}, without the first {skip}, cannot "

@@ -1,7 +1,7 @@
 """Is an intact prefix worth having? One rule, in one place, from the paired interval of the KL that it closes.
 
-A model whose perplexity, with the intact prefix, is still `BROKEN` times the full model's is **broken**: it has lost the
-text, and a share of its KL, however certain, is not worth having.
+A model whose perplexity, with the intact prefix, is still `BROKEN` times the full model's is **broken**: it has lost
+the text, and a share of its KL, however certain, is not worth having.
 
 The share of the KL to the full model that an intact prefix closes has a 95 % interval, by resampling whole held-out
 windows. Against a floor of `WORTH_IT`, below which an effect, however certain, is not worth having:
@@ -29,8 +29,8 @@ RULE = (
     "From the paired 95 % interval of the share of KL to the full model that the intact prefix closes, over held-out "
     f"windows: worth it if all of it is {100 * WORTH_IT:.0f} % or more; marginal if all of it is above 0 but it begins "
     f"below {100 * WORTH_IT:.0f} %; harmful if all of it is below 0 and it reaches −{100 * WORTH_IT:.0f} %; "
-    f"else no effect. Broken, whatever the interval, if its perplexity with the intact prefix is {BROKEN:.0f} times the full "
-    "model's or more."
+    "else no effect. Broken, whatever the interval, if its perplexity with the intact prefix is "
+    f"{BROKEN:.0f} times the full model's or more."
 )
 
 

@@ -109,11 +109,11 @@ def without_pivot(model: PreTrainedModel, windows: Int[Tensor, "window token"], 
         return None
     window = int(beyond.argmax())
     at = size + int(measured.strength[window, size:].argmax())
+    own, most, token = float(inside.median()), float(beyond.max()), int(windows[window, at])
     return (
-        f"the prefix {windows[0, :size][:8].tolist()} holds no pivot (its hidden states reach {float(inside.median()):.1f} "
-        f"times the median token's), while token {int(windows[window, at])} at position {at} does "
-        f"({float(beyond.max()):.0f} times): keeping this prefix intact does next to nothing; begin prompts with another "
-        "token, as the chat template does, or let `--prefix auto` find one"
+        f"the prefix {windows[0, :size][:8].tolist()} holds no pivot (its hidden states reach {own:.1f} times the "
+        f"median token's), while token {token} at position {at} does ({most:.0f} times): keeping this prefix intact does next "
+        "to nothing; begin prompts with another token, as the chat template does, or let `--prefix auto` find one"
     )
 
 

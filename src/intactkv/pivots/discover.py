@@ -99,8 +99,8 @@ def shortest_prefix(
     """Greedy search over prefixes, given what counts the pivots that a prefix leaves. No model in it.
 
     A prefix grows by the most frequent remaining pivot that lowers their number, of up to `TRIES`; then tokens other
-    than `start` and `first` that turn out not to be needed are dropped, from the last. The first trial is the text as it is, with
-    nothing intact; if that holds no pivot it is the only one.
+    than `start` and `first` that turn out not to be needed are dropped, from the last. The first trial is the text as
+    it is, with nothing intact; if that holds no pivot it is the only one.
     """
     trials: list[Trial] = []
 

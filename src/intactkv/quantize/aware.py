@@ -1,9 +1,9 @@
 """Quantize with the prefix in mind: prefix tokens do not count, and later tokens read their intact keys and values.
 
 With an intact KV attached nobody reads what the quantized model computes at prefix positions, not its hidden states,
-its keys and values, nor its logits. A quantizer that learns from activations counts these tokens all the same, and theirs
-are the largest there are. Here its windows are shown as the served model will see them: what it learns from leaves
-prefix tokens out, and each layer's attention reads the prefix's intact keys and values meanwhile.
+its keys and values, nor its logits. A quantizer that learns from activations counts these tokens all the same, and
+theirs are the largest there are. Here its windows are shown as the served model will see them: what it learns from
+leaves prefix tokens out, and each layer's attention reads the prefix's intact keys and values meanwhile.
 
 No quantizer is copied. Four places in llm-compressor 0.14, found by what its modifiers have in common:
 
@@ -80,8 +80,8 @@ class PrefixAware:
             with ExitStack() as stack:
                 for owner, name, around in (
                     (HooksMixin, "register_hook", self._registering),
-                    (AWQModifier, "_compute_best_scale", self._trying),
-                    (AutoRoundModifier, "apply_autoround", self._tuning),
+                    (AWQModifier, "_compute_best_scale", self._while("_trial")),
+                    (AutoRoundModifier, "apply_autoround", self._while("_tuned")),
                 ):
                     stack.enter_context(patched(owner, name, around(vars(owner)[name])))
                 yield
@@ -92,7 +92,7 @@ class PrefixAware:
     # What counts.
 
     def _registering(self, register: Callable[..., Any]) -> Callable[..., Any]:
-        """`register_hook`, for hooks that are handed counted tokens only; those that keep a call's arguments get all."""
+        """`register_hook`, for hooks that are handed counted tokens; those that keep a call's arguments get all."""
         from llmcompressor.modifiers.transform.awq import AWQModifier
 
         def registered(modifier: Any, target: Any, hook: Any, hook_type: str, **settings: Any) -> Any:
@@ -215,29 +215,20 @@ class PrefixAware:
             torch.cat([torch.where(trial, value[:, :, : self.size], own_value), value[:, :, self.size :]], 2),
         )
 
-    def _trying(self, search: Callable[..., Any]) -> Callable[..., Any]:
-        """AWQ's grid search, in which attention reads what it read before the weights were tried."""
+    def _while(self, state: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        """Around a method of a modifier: `self` has this state while it runs."""
 
-        def tried(modifier: Any, *args: Any, **kwargs: Any) -> Any:
-            self._trial = True
-            try:
-                return search(modifier, *args, **kwargs)
-            finally:
-                self._trial = False
+        def around(method: Callable[..., Any]) -> Callable[..., Any]:
+            def called(modifier: Any, *args: Any, **kwargs: Any) -> Any:
+                setattr(self, state, True)
+                try:
+                    return method(modifier, *args, **kwargs)
+                finally:
+                    setattr(self, state, False)
 
-        return tried
+            return called
 
-    def _tuning(self, tune: Callable[..., Any]) -> Callable[..., Any]:
-        """AutoRound's work on a block, whose outputs say nothing at prefix positions."""
-
-        def tuned(modifier: Any, *args: Any, **kwargs: Any) -> Any:
-            self._tuned = True
-            try:
-                return tune(modifier, *args, **kwargs)
-            finally:
-                self._tuned = False
-
-        return tuned
+        return around
 
 
 class _Intact(DynamicCache):

@@ -74,12 +74,13 @@ def quantize(
     `calibration` are token windows, or a text, of which the first 128 windows of 512 tokens (more after a long
     prefix) are taken, each beginning with the prefix or else with BOS. With `prefix` ids, the folder also holds their
     intact KV, computed by the full model after the method's transforms and before its rounding: this, and not the full
-    model's own, fits this checkpoint. `intactkv.json` in it says how it was made. `progress(done, total)` counts blocks.
+    model's own, fits this checkpoint. `intactkv.json` in it says how it was made. `progress(done, total)` counts
+    blocks.
 
     With a prefix, a method that learns from text is shown it as the served model will see it: prefix tokens do not
     count, and later tokens read their intact keys and values. **Such a checkpoint wants its KV**: with its own prefix,
-    or for prompts without one, it is worse than the ordinary checkpoint, which `prefix_weight=1` makes. In between it is
-    the share of windows shown the ordinary way; 0 unless given, or 1 where layers keep states that no KV covers.
+    or for prompts without one, it is worse than the ordinary checkpoint, which `prefix_weight=1` makes. In between
+    it is the share of windows shown the ordinary way; 0 unless given, or 1 where layers keep states that no KV covers.
 
     Raises IntactKVError when llm-compressor is missing, `out` is not empty, `model` cannot be read, is
     quantized already, has nothing to quantize or does not fit `method`, where calibration is needed and not given,
@@ -167,7 +168,7 @@ def _windows(
     tokenizer: PreTrainedTokenizerBase | None,
     prefix: Tensor | None,
 ) -> tuple[Int[Tensor, "window token"], Int[Tensor, "window token"]]:
-    """The calibration as checked token windows on the CPU, and some of the same text held out, if there is more of it."""
+    """The calibration as checked token windows on the CPU, and others of the same text if there is more of it."""
     config = full.config.get_text_config(decoder=True)
     if isinstance(calibration, str):
         if tokenizer is None:
@@ -251,7 +252,7 @@ def _version(package: str) -> str | None:
 
 
 def _loaded_back(checkpoint: Path) -> PreTrainedModel:
-    """The checkpoint's model. Refuses what transformers would complete with random weights, such as GPT-OSS's experts."""
+    """The checkpoint's model. Refuses what transformers would complete with random weights (GPT-OSS's experts)."""
     try:
         model, losses = load_with_losses(checkpoint)
     except IntactKVError as error:

@@ -57,8 +57,8 @@ def compress_(
     method = fitted(method, widths)
     if aware is not None and isinstance(method, AWQ) and any(isinstance(m, LinearExperts2D) for m in full.modules()):
         raise IntactKVError(
-            f"AWQ cannot leave prefix tokens out on {type(full).__name__}, whose experts get tokens without their places; "
-            "use GPTQ, or prefix_weight=1"
+            f"AWQ cannot leave prefix tokens out on {type(full).__name__}, whose experts get tokens without their "
+            "places; use GPTQ, or prefix_weight=1"
         )
     probe, before = _probe(full, calibration)
 

@@ -1,8 +1,8 @@
 """How much prefix tokens count while a method learns, and what the checkpoint then loses without its intact KV.
 
-With weight 0 they do not, with 1 the checkpoint is the ordinary one, which is not made for any prefix. A weight in between
-is the share of calibration windows that are shown the ordinary way. Since a prefix's activations are the same in every
-window that begins with it, this is its tokens' weight against their ordinary one.
+With weight 0 they do not, with 1 the checkpoint is the ordinary one, which is not made for any prefix. A weight in
+between is the share of calibration windows that are shown the ordinary way. Since a prefix's activations are the same
+in every window that begins with it, this is its tokens' weight against their ordinary one.
 """
 
 from __future__ import annotations
@@ -55,8 +55,9 @@ class MadeFor:
     ) -> MadeFor | None:
         """What `method` is shown of calibration `windows`; None where the checkpoint is the ordinary one.
 
-        Adds to `said` what a user should know. Raises IntactKVError for windows that do not begin with the prefix or are
-        no longer than it, and for a weight below 1 where later tokens read prefix tokens in states that no KV covers.
+        Adds to `said` what a user should know. Raises IntactKVError for windows that do not begin with the prefix or
+        are no longer than it, and for a weight below 1 where later tokens read prefix tokens in states that no KV
+        covers.
         """
         _check_windows(windows, prefix)
         uncovered = uncovered_layers(capture(full, prefix), full.config)

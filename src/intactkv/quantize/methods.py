@@ -55,7 +55,7 @@ class _Levels:
             raise IntactKVError("static_activations=True says how inputs are rounded; give activation_bits, 8 is usual")
         if self.float8 and (self.bits, self.activation_bits) not in ((8, None), (8, 8)):
             raise IntactKVError(
-                f"float8=True is a number of 8 bits, not bits={self.bits}, activation_bits={self.activation_bits}; use 8"
+                f"float8=True is 8 bits, not bits={self.bits}, activation_bits={self.activation_bits}; use 8"
             )
 
     @property
@@ -69,7 +69,7 @@ class _Levels:
 
     @property
     def weighs(self) -> bool:
-        """Whether a window can count in part, as in a mean; ranges and AutoRound's own batches know only all or none."""
+        """Whether a window can count in part, as in a mean; ranges and AutoRound's own batches know all or none."""
         return self.learns and not self.static_activations
 
     def fitted(self, widths: dict[str, int]) -> _Levels:
@@ -132,7 +132,8 @@ class RTN(_Levels):
     with `quantization_config=CompressedTensorsConfig(dequantize=True)`; 5.17 needs no flag for either.
     `group_size=None` is one group for a whole row. With `activation_bits`, the inputs of every quantized layer are
     rounded too when the model runs, symmetrically, each token on its own; with `static_activations`, all tokens with
-    one scale, that of the least squared error in calibration (of float8, of the largest input). `float8` rounds to floating-point numbers (E4M3) instead of integers.
+    one scale, that of the least squared error in calibration (of float8, of the largest input). `float8` rounds to
+    floating-point numbers (E4M3) instead of integers.
     With `kv_bits`, keys and values are rounded as they enter the cache, asymmetrically, each head of each token on its
     own.
     """
