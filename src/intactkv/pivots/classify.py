@@ -112,8 +112,9 @@ def without_pivot(model: PreTrainedModel, windows: Int[Tensor, "window token"], 
     own, most, token = float(inside.median()), float(beyond.max()), int(windows[window, at])
     return (
         f"the prefix {windows[0, :size][:8].tolist()} holds no pivot (its hidden states reach {own:.1f} times the "
-        f"median token's), while token {token} at position {at} does ({most:.0f} times): keeping this prefix intact does next "
-        "to nothing; begin prompts with another token, as the chat template does, or let `--prefix auto` find one"
+        f"median token's), while token {token} at position {at} does ({most:.0f} times): keeping this prefix intact "
+        "does next to nothing; begin prompts with another token, as the chat template does, or let `--prefix auto` "
+        "find one"
     )
 
 

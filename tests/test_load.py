@@ -1,0 +1,55 @@
+"""Where models run, and in which dtype, by names that mean the fastest that is right."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from models import build, by_name
+
+from intactkv import IntactKVError
+from intactkv.load import device_named, dtype_named, load_model_on
+
+CPU, CARD = torch.device("cpu"), torch.device("cuda:0")
+
+
+@pytest.fixture(scope="module", params=[torch.bfloat16, torch.float16, torch.float32], ids=str)
+def stored(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, torch.dtype]:
+    folder = tmp_path_factory.mktemp("stored")
+    build(by_name("llama-gqa"), dtype=request.param).save_pretrained(folder)
+    return folder, request.param
+
+
+@pytest.mark.parametrize("capable", [True, False, None])
+def test_a_dtype_that_is_slow_on_this_processor_becomes_float32(
+    stored: tuple[Path, torch.dtype], capable: bool | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """bfloat16 without instructions, float16 always; an older torch that cannot tell counts as without."""
+    folder, dtype = stored
+    if capable is None:
+        monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    else:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": capable}, raising=False)
+    slow = dtype == torch.float16 or (dtype == torch.bfloat16 and not capable)
+    assert dtype_named("auto", folder, CPU) == (torch.float32 if slow else "auto")
+    assert load_model_on(folder, "cpu").dtype == (torch.float32 if slow else dtype)
+    assert dtype_named("auto", folder, CARD) == "auto"
+    assert dtype_named("bfloat16", folder, CPU) == torch.bfloat16
+
+
+@pytest.mark.parametrize("name", ["int8", "floaty", "nn"])
+def test_unknown_dtypes_are_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(IntactKVError, match=f"--dtype {name} is unknown to torch; use auto, float32"):
+        dtype_named(name, tmp_path, CPU)
+
+
+def test_an_accelerator_is_taken_if_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 1)
+    assert device_named("auto") == torch.device("cuda:1")
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("mps"))
+    assert device_named("auto") == CPU, "there is no float64 on it"
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    assert device_named("auto") == CPU
