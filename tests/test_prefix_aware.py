@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import warnings
 from contextlib import nullcontext
@@ -10,14 +11,17 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from models import ARCHITECTURES, PREFIX, VOCAB, build, by_name, prompts
+from rich.console import Console
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from intactkv import IntactKV, IntactKVError, attach, capture
+from intactkv import IntactKV, IntactKVError, attach, bos, capture
 from intactkv.decoder import blocks
-from intactkv.evaluate import prefixed_windows
-from intactkv.load import load_model
+from intactkv.demo import MODEL, TEXT
+from intactkv.evaluate import command, prefixed_windows
+from intactkv.load import load_model, load_tokenizer, read_text
 from intactkv.locate import Sites
 from intactkv.plain import made_for_prefix
 from intactkv.substitute import IntactTensors, put
@@ -372,3 +376,53 @@ def test_put_is_what_later_tokens_read() -> None:
     out = put(key, intact, Sites(row, torch.arange(P), torch.arange(P)), layer=0)
     assert torch.equal(out[0], key[0])
     assert torch.equal(out[1, :, :P], kv.layers[0][0])
+
+
+@pytest.mark.parametrize("kind", [EntryNotFoundError, LocalEntryNotFoundError, ConnectionError, ValueError])
+def test_a_repository_without_a_recipe_was_made_for_nothing(
+    kind: type[Exception], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def missing(*args: Any) -> None:
+        raise kind("no such file")
+
+    monkeypatch.setattr("intactkv.plain.hf_hub_download", missing)
+    assert made_for_prefix("somebody/model") is None
+    for text in ("", "[]", '{"prefix_aware": 3}', "{"):
+        (tmp_path / RECIPE).write_text(text)
+        assert made_for_prefix(tmp_path) is None
+
+
+def test_an_ordinary_checkpoint_and_one_made_for_its_prefix_in_one_table(tmp_path: Path) -> None:
+    """The second is compared with the first, own and intact, not with itself without its KV."""
+    tokenizer, text = load_tokenizer(MODEL), read_text(TEXT)
+    tokens = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    prefix = bos(tokenizer)
+    learned = prefixed_windows(tokens, prefix=prefix, window=64).ids[:8]
+    for name, weight in (("ordinary", 1.0), ("aware", 0.0)):
+        quantize(
+            MODEL, tmp_path / name, method=GPTQ(3, "auto"), calibration=learned, prefix=prefix, prefix_weight=weight
+        )
+    out, seen = tmp_path / "e.json", io.StringIO()
+    command.run(
+        [str(tmp_path / "ordinary"), str(tmp_path / "aware")],
+        str(MODEL),
+        [tmp_path / "aware" / PREFIX_KV],
+        protocol=command.Protocol(TEXT, 64, False, 8, 8, "cpu", "float32"),
+        cache=command.Cache(tmp_path / "cache", None, 2**30),
+        outputs=command.Outputs(out, str(tmp_path / "rows.md")),
+        console=Console(file=seen, width=200),
+    )
+    figures = json.loads(out.read_text())
+    kinds = [f"{name} {arm}" for name in ("ordinary", "aware") for arm in ("own", "intact", "bare")]
+    assert set(figures["arms"]) == {"full", "full bare", *kinds}
+    pairs = [(pair["own"], pair["intact"]) for pair in figures["pairs"]]
+    assert pairs == [
+        ("ordinary own", "ordinary intact"),
+        ("ordinary own", "aware intact"),
+        ("ordinary intact", "aware intact"),
+    ]
+    said = " ".join(seen.getvalue().split())
+    assert "aware was made for its intact prefix and is not meant to run with its own." in said
+    assert "aware intact against ordinary own:" in said
+    assert figures["models"]["aware"]["made_for_prefix"]["weight"] == 0
+    assert len((tmp_path / "rows.md").read_text().strip().splitlines()) == 4

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 from transformers import PreTrainedModel
 
 from intactkv.attachment import is_attached
@@ -32,8 +33,8 @@ def made_for_prefix(source: str | os.PathLike[str]) -> dict[str, Any] | None:
     if not Path(source).is_dir():
         try:
             path = Path(hf_hub_download(str(source), RECIPE))
-        except (OSError, ValueError):  # the repository has none, or cannot be reached, which loading it says itself
-            return None
+        except (OSError, ValueError, EntryNotFoundError, HfHubHTTPError):
+            return None  # the repository has none, or cannot be reached, which loading it says itself
     try:
         said = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
