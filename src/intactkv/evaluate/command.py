@@ -19,7 +19,7 @@ from intactkv.evaluate.markdown import append_rows, header, row
 from intactkv.evaluate.stored import Store
 from intactkv.evaluate.windows import Windows, paper_windows, prefixed_windows
 from intactkv.kv import IntactKV, IntactKVError
-from intactkv.load import checkpoint_digest, device_named, load_model_on, load_tokenizer, read_text
+from intactkv.load import checkpoint_digest, device_named, dtype_named, load_model_on, load_tokenizer, read_text
 from intactkv.plain import made_for_prefix
 from intactkv.report import arms_table, sentences, write_json
 
@@ -94,7 +94,7 @@ def run(
         if cache is None:
             evaluation = _in_memory(quantized, full, windows, protocol, show)
         else:
-            store = Store(cache.folder, _loaded_as(digests[full], protocol), cache.top, cache.most_bytes)
+            store = Store(cache.folder, _loaded_as(digests[full], full, protocol), cache.top, cache.most_bytes)
             evaluation, traces = _on_disk(quantized, full, digests, windows, (store, protocol), show)
     evaluation = replace(evaluation, pairs=_pairs(quantized))
     figures = _figures(evaluation, cache, traces)
@@ -160,9 +160,12 @@ def _windows(quantized: Sequence[Quantized], full: str, protocol: Protocol) -> W
     return Windows(windows.ids[: protocol.windows], windows.scored[: protocol.windows])
 
 
-def _loaded_as(digest: str, protocol: Protocol) -> str:
-    how = "as stored" if protocol.dtype == "auto" else f"in {protocol.dtype}"
-    return sha256(f"{digest} {how} on {device_named(protocol.device)}".encode()).hexdigest()
+def _loaded_as(digest: str, source: str, protocol: Protocol) -> str:
+    """The digest of a model and of how it is loaded here: what "auto" is hangs on the machine."""
+    device = device_named(protocol.device)
+    dtype = dtype_named(protocol.dtype, source, device)
+    how = "as stored" if dtype == "auto" else f"in {dtype}"
+    return sha256(f"{digest} {how} on {device}".encode()).hexdigest()
 
 
 def _kinds(q: Quantized, protocol: Protocol) -> list[tuple[str, IntactKV | None, int]]:
@@ -208,7 +211,7 @@ def _on_disk(
 
     def checkpoint(source: str) -> Checkpoint:
         load = partial(load_model_on, source, protocol.device, dtype=protocol.dtype)
-        return Checkpoint(_loaded_as(digests[source], protocol), load)
+        return Checkpoint(_loaded_as(digests[source], source, protocol), load)
 
     for q in quantized:
         made, alone = checkpoint(q.source), len(quantized) == 1
