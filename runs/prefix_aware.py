@@ -14,7 +14,8 @@ import json
 import os
 import traceback
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from shutil import rmtree
 from time import perf_counter
@@ -34,6 +35,7 @@ from intactkv.plain import PREFIX_KV, made_for_prefix
 from intactkv.quantize import AWQ, GPTQ, RTN, AutoRound, Method, Rotated, SmoothQuant, quantize
 
 GROUP, LEARN, WINDOW, WINDOWS = 64, 128, 512, 150
+HELD_OUT = "held-out"  # of the calibration's text
 app = typer.Typer(pretty_exceptions_enable=False)
 
 
@@ -95,19 +97,22 @@ def run(
     model: Annotated[str, typer.Argument(help="The full-precision model's folder.")],
     data: Annotated[Path, typer.Argument(help="The folder with calib/ and eval/.")],
     out: Annotated[Path, typer.Argument(help="The folder for the JSON files.")],
-    only: Annotated[str, typer.Option(help="Only jobs whose names contain one of these, by commas.")] = "",
+    only: Annotated[str, typer.Option(help="Jobs' names or patterns (gptq-w3-*) by commas, in this order.")] = "*",
     learn: Annotated[int, typer.Option(help="Calibration windows.")] = LEARN,
     windows: Annotated[int, typer.Option(help="Windows of each text to measure on.")] = WINDOWS,
+    texts: Annotated[
+        str, typer.Option(help="Measured on, by commas; settings are chosen on held-out.")
+    ] = "C4,WikiText-2",
+    calibrated: Annotated[bool, typer.Option(help="Calibrate the KV of jobs that ask for it.")] = True,
     device: Annotated[str, typer.Option(help="Where models run.")] = "auto",
     seconds: Annotated[float, typer.Option(help="Begin no job after so many seconds.")] = 1e9,
 ) -> None:
     """Do what nobody has done or begun of the list."""
-    began, parts = perf_counter(), [part for part in only.split(",") if part]
+    began = perf_counter()
     out.mkdir(parents=True, exist_ok=True)
     bench = Bench(model, data, device, learn, windows)
-    for job in jobs():
-        if parts and not any(part in job.name for part in parts):
-            continue
+    for job in (job for pattern in only.split(",") for job in jobs() if fnmatchcase(job.name, pattern)):
+        job = replace(job, calibrated=job.calibrated and calibrated)
         if perf_counter() - began > seconds:
             break
         file, claim = out / f"{job.name}.json", out / f"{job.name}.begun"
@@ -116,7 +121,7 @@ def run(
         except FileExistsError:
             continue
         try:
-            write_atomically(file, json.dumps(bench.measured(job, out), indent=1).encode())
+            write_atomically(file, json.dumps(bench.measured(job, out, texts.split(",")), indent=1).encode())
             print(f"{job.name} {perf_counter() - began:.0f} s", flush=True)
         except Exception as error:  # the others go on; a new run tries it again
             (out / f"{job.name}.failed").write_text(traceback.format_exc())
@@ -131,14 +136,15 @@ class Bench:
         self.model, self.device, self.learn, self.windows = model, device_named(device), learn, windows
         self.tokenizer = load_tokenizer(model)
         self.full = load_model_on(model, device, dtype=torch.float32)
+        self.at_once = 8 if self.full.config.get_text_config(decoder=True).vocab_size < 100_000 else 2  # windows
         self.calibration = data / "calib" / "wikitext2_valid_tokenised.txt"
         rows = (data / "eval" / "c4_sample_500.jsonl").read_text(encoding="utf-8").splitlines()
-        texts = {
-            "C4": "\n\n".join(json.loads(row)["text"] for row in rows),
-            "WikiText-2": read_text(data / "eval" / "wikitext2_test_raw.txt"),
-        }
-        self.tokens = {name: self.encoded(text) for name, text in texts.items()}
         self.learned = self.encoded(read_text(self.calibration))
+        self.tokens = {
+            "C4": self.encoded("\n\n".join(json.loads(row)["text"] for row in rows)),
+            "WikiText-2": self.encoded(read_text(data / "eval" / "wikitext2_test_raw.txt")),
+            HELD_OUT: self.learned[3 * learn * WINDOW :],  # three seeds' windows come first
+        }
 
     def encoded(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
@@ -155,7 +161,7 @@ class Bench:
         cut = prefixed_windows(tokens, prefix=prefix, window=WINDOW)
         return Windows(cut.ids[first : first + count], cut.scored[first : first + count])
 
-    def measured(self, job: Job, out: Path) -> dict[str, Any]:
+    def measured(self, job: Job, out: Path, texts: list[str]) -> dict[str, Any]:
         """Make one checkpoint and measure it; the folder is deleted again."""
         prefix, folder, began = self.prefix(job.prefix), out / f"{job.name}.checkpoint", perf_counter()
         rmtree(folder, ignore_errors=True)
@@ -171,7 +177,7 @@ class Bench:
         kvs = {"intact": kv}
         if job.calibrated:
             kvs["calibrated"] = self.calibrated(model, kv)
-        found = {name: self.arms(model, kvs, self.cut(t, prefix, 0, self.windows)) for name, t in self.tokens.items()}
+        found = {text: self.arms(model, kvs, self.cut(self.tokens[text], prefix, 0, self.windows)) for text in texts}
         rmtree(folder)
         del model
         return {**about, "texts": found, "all_seconds": perf_counter() - began}
@@ -181,13 +187,13 @@ class Bench:
         parts = split(
             text_samples(self.calibration, self.tokenizer, prefix=kv.ids, length=WINDOW, count=168), held_out=40
         )
-        return calibrate(kv, model, self.full, parts, settings=Settings(objective=Objective(0, 1), steps=96))
+        settings = Settings(objective=Objective(0, 1), steps=96, micro_batch=self.at_once)
+        return calibrate(kv, model, self.full, parts, settings=settings)
 
     def arms(self, model: Any, kvs: dict[str, IntactKV], windows: Windows) -> dict[str, Any]:
         arms = [Arm("own", model), Arm("bare", model, None, len(kvs["intact"]))]
         arms += [Arm(name, model, kv) for name, kv in kvs.items()]
-        size = 8 if self.full.config.get_text_config(decoder=True).vocab_size < 100_000 else 2
-        found = evaluate(self.full, arms, windows, block_mse=False, batch_size=size)
+        found = evaluate(self.full, arms, windows, block_mse=False, batch_size=self.at_once)
         return {name: by_window(found, name) for name in found.metrics}
 
 

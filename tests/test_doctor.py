@@ -11,6 +11,7 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from intactkv.doctor import examine, page, rounded_model
 from intactkv.doctor.examine import Examination, to_dict
 from intactkv.doctor.run import run
 from intactkv.doctor.simulate import round_to_nearest
+from intactkv.evaluate.verdict import Verdict
 from intactkv.load import load_model, load_tokenizer
 
 pytest.importorskip("matplotlib")
@@ -50,6 +52,16 @@ def test_damage_to_the_pivot_is_worth_it_and_to_the_head_is_not(on_planted: Exam
     assert on_planted.verdict("head") == "no effect"
     assert (on_planted.prefix, on_planted.discovered) == ([BOS], True)
     assert on_planted.kv.ids.tolist() == [BOS]
+
+
+@pytest.mark.parametrize("verdict", get_args(Verdict))
+def test_the_page_shows_every_verdict(
+    on_planted: Examination, verdict: Verdict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Examination, "verdict", lambda found, name: verdict)
+    html = page(on_planted, title="any", name=str, made_by={})
+    assert f'class="verdict {verdict.replace(" ", "-")}"' in html
+    assert f".{verdict.replace(' ', '-')}" in html.split("</style>")[0]
 
 
 def test_the_budget_puts_all_of_the_planted_error_on_bos(on_planted: Examination) -> None:

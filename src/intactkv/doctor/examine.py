@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from intactkv.capturing import capture
 from intactkv.decoder import watched_outputs
 from intactkv.evaluate import Arm, Evaluation, Interval, Windows, evaluate, judge, prefixed_windows
+from intactkv.evaluate.verdict import Verdict
 from intactkv.kv import IntactKV, IntactKVError
 from intactkv.pivots.attention import Attended, Blocks, watched_attention
 from intactkv.pivots.classify import Diagnosis, diagnose, without_pivot
@@ -86,7 +87,7 @@ class Examination:
         """The perplexity with the intact prefix over the full model's."""
         return self.evaluation.times_perplexity(f"{name} intact")
 
-    def verdict(self, name: str) -> str:
+    def verdict(self, name: str) -> Verdict:
         """The verdict for the model of this name, by the rule of `evaluate/verdict.py`."""
         return judge(self.gap(name), own_kl=self.own_kl(name), times=self.times(name))
 

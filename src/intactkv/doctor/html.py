@@ -19,7 +19,7 @@ from intactkv.doctor.words import (
     verdict_sentences,
 )
 from intactkv.evaluate import Interval
-from intactkv.evaluate.verdict import RULE
+from intactkv.evaluate.verdict import RULE, Verdict
 from intactkv.pivots.pair import drops
 from intactkv.pivots.plot import plot_activations, plot_attention, plot_budget, plot_mse
 
@@ -35,7 +35,7 @@ h1 { font-size: 1.6rem; margin-bottom: 0; } h2 { font-size: 1.2rem; margin-top: 
   padding: .6rem 1rem; margin: .8rem 0; } .verdict strong { font-size: 1.15rem; } .verdict p { margin: .2rem 0;
   color: var(--ink); }
 .worth-it { color: var(--good); } .marginal { color: var(--some); } .no-effect { color: var(--none); }
-.harmful { color: var(--bad); }
+.harmful, .broken { color: var(--bad); }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 caption { text-align: left; padding-bottom: .3rem; } th, td { padding: .15rem .7rem .15rem 0; text-align: right;
   border-bottom: 1px solid var(--line); white-space: nowrap; } th:first-child, td:first-child { text-align: left; }
@@ -49,7 +49,7 @@ figure { margin: 1.2rem 0; } .on-dark { display: none; }
   figure, .verdict, tr { break-inside: avoid; } h2 { break-after: avoid; } img { max-height: 11cm; } }
 """
 
-_MARKS = {"worth it": "✔", "marginal": "◐", "no effect": "○", "harmful": "✘"}
+_MARKS: dict[Verdict, str] = {"worth it": "✔", "marginal": "◐", "no effect": "○", "harmful": "✘", "broken": "⚠"}
 
 
 def page(found: Examination, *, title: str, name: Names, made_by: dict[str, Any]) -> str:

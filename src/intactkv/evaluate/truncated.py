@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from intactkv.evaluate.metrics import WORKING_ELEMENTS, TokenMetrics, check_labels
+from intactkv.evaluate.metrics import TokenMetrics, check_labels, tokens_at_once
 from intactkv.kv import IntactKVError
 
 OVERHEAD_BYTES = 16  # of a token beside its k: total, rest, first, nll in 4 bytes each (8 for float64 models' three)
@@ -89,7 +89,8 @@ def top_metrics(full: Top, logits: Float[Tensor, "*token vocab"], labels: Int[Te
         )
     flat = [x.reshape(labels.numel(), *x.shape[labels.ndim :]) for x in vars(full).values()]
     parts = []
-    for part, label, *kept in zip(*_split(vocab, logits.reshape(-1, vocab), labels.reshape(-1), *flat), strict=True):
+    columns = [logits.reshape(-1, vocab), labels.reshape(-1), *flat]
+    for part, label, *kept in zip(*(column.split(tokens_at_once(logits)) for column in columns), strict=True):
         ids, full_logits, total, rest, first, full_nll = kept
         precision = torch.promote_types(torch.promote_types(part.dtype, total.dtype), torch.float32)
         log_p, log_p_rest = full_logits.to(precision) - total[:, None], rest - total
@@ -109,8 +110,3 @@ def top_metrics(full: Top, logits: Float[Tensor, "*token vocab"], labels: Int[Te
             )
         )
     return TokenMetrics.cat(parts).map(lambda values: values.reshape(labels.shape))
-
-
-def _split(vocab: int, *columns: Tensor) -> list[tuple[Tensor, ...]]:
-    """The same rows of all columns, so many at a time that one chunk times the vocabulary is of bounded size."""
-    return [column.split(max(1, WORKING_ELEMENTS // vocab)) for column in columns]
