@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from intactkv.capturing import capture
 from intactkv.decoder import watched_outputs
+from intactkv.doctor.forecast import Forecast, forecast
 from intactkv.evaluate import Arm, Evaluation, Interval, Windows, evaluate, judge, prefixed_windows
 from intactkv.evaluate.verdict import Verdict
 from intactkv.kv import IntactKV, IntactKVError
@@ -55,7 +56,8 @@ class Examination:
     [BOS], the first token of its chats, or the text's first, because there was no pivot or no prefix held them all).
     `evaluation` has two arms for each of `models`: "NAME own" and "NAME intact". `budgets`, `mse` `(size, layer)` and
     `by_layer` `(layer)` are of the model named `examined`: the last is the share of KL closed by one layer's intact
-    keys and values alone. `missing` says what could not be measured on this model, and why.
+    keys and values alone. `forecast` is of the full model: what quantizing with the prefix would gain. `missing` says
+    what could not be measured on this model, and why.
     """
 
     diagnosis: Diagnosis
@@ -71,6 +73,7 @@ class Examination:
     mse: Float[Tensor, "size layer"]
     mse_ids: Int[Tensor, "token"]
     by_layer: dict[int, Interval]
+    forecast: list[Forecast]
     pictured: Pictured
     missing: list[str]
     windows: Windows
@@ -145,6 +148,18 @@ def examine(
     mse = mse_by_prefix_size(full, model, windows.ids[:MSE_WINDOWS], most=max(8, size + 2))
     step("measuring one layer after the other")
     by_layer = layer_effects(full, model, kv, windows)
+    step("forecasting what quantizing with the prefix gains")
+    try:
+        forecasts = forecast(full, searched, prefix)
+    except ImportError:
+        forecasts = []
+        missing.append(
+            "What quantizing with the prefix gains was not forecast: that runs a step of llm-compressor's GPTQ; "
+            "pip install 'intactkv[quantize]'."
+        )
+    except IntactKVError as error:
+        forecasts = []
+        missing.append(f"What quantizing with the prefix gains was not forecast: {error}.")
     pictured = _pictured(full, diagnosis.behind.ids[0][:SHOWN], diagnosis)
     if pictured.attention is None:
         missing.append("The attention map is not shown: the model does not use transformers' AttentionInterface.")
@@ -162,6 +177,7 @@ def examine(
         mse=mse,
         mse_ids=windows.ids[0],
         by_layer=by_layer,
+        forecast=forecasts,
         pictured=pictured,
         missing=missing,
         windows=windows,
@@ -239,6 +255,10 @@ def to_dict(found: Examination) -> dict[str, Any]:
         ],
         "mse_by_prefix_size": found.mse.mean(1).tolist(),
         "gap_closed_by_layer": {str(i): vars(interval) for i, interval in found.by_layer.items()},
+        "forecast": [
+            {"bits": f.bits, "symmetric": f.symmetric, "times": f.times, "layers": [vars(layer) for layer in f.layers]}
+            for f in found.forecast
+        ],
         "missing": found.missing,
         **found.evaluation.to_dict(),
     }

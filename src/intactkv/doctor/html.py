@@ -13,6 +13,7 @@ from intactkv.doctor.examine import Examination
 from intactkv.doctor.words import (
     Names,
     budget_sentence,
+    forecast_sentence,
     layer_sentence,
     pivot_sentences,
     prefix_sentence,
@@ -220,7 +221,8 @@ def _layers(found: Examination) -> str:
         "with its own and with the intact prefix (the last layer's after the final norm); the error budget of the "
         "attention output."
     )
-    said = f"<p>{escape(layer_sentence(found))} {escape(budget_sentence(found))}</p>"
+    forecast = f" {escape(forecast_sentence(found))}" if found.forecast else ""
+    said = f"<p>{escape(layer_sentence(found))} {escape(budget_sentence(found))}{forecast}</p>"
     return f"<h2>Layer by layer</h2>\n{said}\n{_table(caption, columns, rows)}"
 
 

@@ -16,6 +16,7 @@ from intactkv.doctor.simulate import GROUP_SIZE, rounded_model
 from intactkv.doctor.words import (
     Names,
     budget_sentence,
+    forecast_sentence,
     layer_sentence,
     pivot_sentences,
     prefix_sentence,
@@ -68,6 +69,7 @@ def run(
     console.print(arms_table(figures, title=title))
     console.print(f"Quantized: {how}.", highlight=False, markup=False)
     said = [*pivot_sentences(found, name), prefix_sentence(found, name), budget_sentence(found), layer_sentence(found)]
+    said += [forecast_sentence(found)] if found.forecast else []
     for sentence in [*said, *found.missing]:
         console.print(sentence, highlight=False, markup=False)
     for sentence in verdict_sentences(found):

@@ -8,6 +8,8 @@ from intactkv.doctor.examine import Examination
 from intactkv.evaluate import verdict
 from intactkv.pivots.classify import KEY_BIAS, PIVOT, Pivot
 
+LITTLE, MUCH = 1.1, 2.0  # times the error of the forecast: docs/prefix-aware.md has what was measured above and below
+
 Names = Callable[[int], str]  # a token id as people read it
 
 
@@ -77,6 +79,26 @@ def layer_sentence(found: Examination) -> str:
     return (
         f"Most sensitive: layer {best + 1}, whose intact keys and values alone close {100 * gap.value:+.1f} % of "
         f"the KL ({100 * gap.low:+.1f} to {100 * gap.high:+.1f}) of {found.examined}."
+    )
+
+
+def forecast_sentence(found: Examination) -> str:
+    """What leaving the prefix out of what GPTQ learns from would gain, before anything is quantized."""
+    told = [
+        f"{f.times:.1f} times at {f.bits} bits ({f.layers[0].layer}: {f.layers[0].counted:.2g} of its output's energy "
+        f"instead of {f.layers[0].left_out:.2g})"
+        for f in found.forecast
+    ]
+    most = max(f.times for f in found.forecast)
+    if most < LITTLE:
+        return (
+            f"Forecast: counting the prefix costs symmetric GPTQ next to nothing ({most:.2f} times the error in the "
+            "layers that see most of it): a checkpoint made for it will gain little beyond the intact KV."
+        )
+    advice = "quantize with this prefix" if most >= MUCH else "quantizing with this prefix gains a little"
+    return (
+        f"Forecast: in the layers that see most of the prefix, counting it raises the error that later tokens read "
+        f"from symmetric GPTQ {', '.join(told)}: {advice}."
     )
 
 
