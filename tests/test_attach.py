@@ -239,6 +239,17 @@ def test_caches_of_another_artifact_or_another_size_are_refused(pair: Any) -> No
         model(prompts()[:1, P:], past_key_values=again.cache(model))
 
 
+def test_a_single_token_on_another_artifacts_cache_is_refused() -> None:
+    model = build(by_name("llama-gqa"))
+    prompt = torch.tensor([[*PREFIX, 40, 41]])
+    first, second = capture(model, PREFIX), capture(model, [*PREFIX, 40])
+    with attach(model, first):
+        cache = model(prompt, use_cache=True).past_key_values
+        model(torch.tensor([[42]]), past_key_values=cache)
+    with attach(model, second), pytest.raises(IntactKVError, match="computed with another intact KV"):
+        model(torch.tensor([[43]]), past_key_values=cache)
+
+
 @torch.no_grad()
 def test_a_prefilled_cache_before_padding_counts_positions_right(pair: Any) -> None:
     model, kv = pair

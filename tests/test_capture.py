@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from models import ARCHITECTURES, PREFIX, VOCAB, Architecture, build, by_name
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
     BertConfig,
@@ -305,14 +306,14 @@ def test_gradient_checkpointing_and_frozen_modes_do_not_matter() -> None:
 # ------------------------------------------------------------------------------------------------ from a path
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_capture_from_a_path_equals_capture_from_the_model(dtype: torch.dtype, tmp_path: Path) -> None:
-    tiny().to(dtype).save_pretrained(tmp_path / "model")
-    model = LlamaForCausalLM.from_pretrained(tmp_path / "model", dtype=dtype)
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
+def test_capture_from_a_path_equals_capture_from_the_model_in_float32(stored: torch.dtype, tmp_path: Path) -> None:
+    tiny().to(stored).save_pretrained(tmp_path / "model")
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
     kv = capture(model, PREFIX)
-    assert kv.layers[0][0].dtype == dtype
     for path in (tmp_path / "model", str(tmp_path / "model")):
         loaded = capture(path, PREFIX)
+        assert loaded.layers[0][0].dtype == torch.float32
         assert bits(loaded) == bits(kv)
         assert loaded.fingerprint == kv.fingerprint
         assert loaded.provenance == kv.provenance
@@ -321,9 +322,9 @@ def test_capture_from_a_path_equals_capture_from_the_model(dtype: torch.dtype, t
 
 
 def test_paths_without_a_causal_lm_are_refused(tmp_path: Path) -> None:
-    message = "holds no causal LM that transformers can load; give the folder or the Hub name of one"
-    refused(lambda: capture(tmp_path / "absent" / "model", PREFIX), message)
+    refused(lambda: capture(tmp_path / "absent" / "model", PREFIX), "is not a folder; give a model's folder")
     (tmp_path / "empty").mkdir()
+    message = "cannot be loaded as a causal LM"
     refused(lambda: capture(tmp_path / "empty", PREFIX), message)
     t5().save_pretrained(tmp_path / "t5")
     refused(lambda: capture(tmp_path / "t5", PREFIX), message)
@@ -331,6 +332,22 @@ def test_paths_without_a_causal_lm_are_refused(tmp_path: Path) -> None:
     weights = tmp_path / "cut" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     refused(lambda: capture(tmp_path / "cut", PREFIX), message)
+
+
+def test_a_path_that_lacks_a_tensor_is_refused(tmp_path: Path) -> None:
+    tiny().save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["model.layers.1.self_attn.v_proj.weight"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    refused(lambda: capture(tmp_path, PREFIX), "missing keys such as model.layers.1.self_attn.v_proj.weight")
+
+
+def test_a_quantized_model_is_refused_or_told() -> None:
+    model = tiny()
+    model.config.quantization_config = {"quant_method": "gptq", "bits": 4}
+    refused(lambda: capture(model, PREFIX), r"quantized already \(gptq\); give the full-precision one")
+    assert capture(model, PREFIX, allow_quantized=True).provenance["quantized"] == "gptq"
+    assert "quantized" not in capture(tiny(), PREFIX).provenance
 
 
 # ------------------------------------------------------------------------------------------------ which models

@@ -7,6 +7,7 @@ import importlib.util
 import io
 import json
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -95,6 +96,21 @@ def test_a_second_demo_run_replaces_the_first(demo: tuple[Path, str]) -> None:
     assert intactkv("demo", "--out", demo[0]).returncode == 0
     after = json.loads((demo[0] / "demo.json").read_text())
     assert after["arms"] == before["arms"]
+
+
+def test_the_demo_leaves_alone_what_it_did_not_make(demo: tuple[Path, str], tmp_path: Path) -> None:
+    mine = tmp_path / "w4"
+    mine.mkdir()
+    (mine / "notes.txt").write_text("mine")
+    done = intactkv("demo", "--out", tmp_path)
+    assert done.returncode == 1
+    assert "w4, which no finished demo wrote" in " ".join(done.stderr.split())
+    assert [p.name for p in tmp_path.iterdir()] == ["w4"]
+    changed = tmp_path / "demo"
+    shutil.copytree(demo[0], changed)
+    (changed / "w3" / "config.json").write_text("{}")
+    assert intactkv("demo", "--out", changed).returncode == 1
+    assert (changed / "w3" / "config.json").read_text() == "{}"
 
 
 def test_capture_eval_and_generate_on_paths(demo: tuple[Path, str], tmp_path: Path) -> None:

@@ -146,7 +146,7 @@ class Attachment:
         """The forward pre-hook. A decoding step ends at its first lines; dynamo traces through them."""
         cache: Any = kwargs.get("past_key_values")
         progress = getattr(cache, "intactkv", None)
-        if progress is not None and progress.plain:
+        if progress is not None and progress.plain and progress.owner == self._owner:
             ids = args[0] if args else kwargs.get("input_ids")
             if ids is not None and ids.shape[1] == 1 and _past_prefix(cache, progress):
                 return None

@@ -54,6 +54,9 @@ def capture_command(
     data: Annotated[
         Path | None, typer.Option(help="With `--prefix auto`, a UTF-8 text to look for pivots in.", metavar="TEXT")
     ] = None,
+    allow_quantized: Annotated[
+        bool, typer.Option("--allow-quantized", help="Take a MODEL that is quantized, and say so in the file.")
+    ] = False,
     device: Device = "auto",
     dtype: DType = "auto",
 ) -> None:
@@ -80,7 +83,7 @@ def capture_command(
         with console.status("looking for pivots"):
             chosen = discover(full, tokenizer, text)
     with console.status(f"capturing {len(chosen)} tokens"):
-        kv = capture(full, chosen, tokenizer=tokenizer)
+        kv = capture(full, chosen, tokenizer=tokenizer, allow_quantized=allow_quantized)
         kv.save(out)
         tokens = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
         idle = without_pivot(full, behind(chosen, tokens), size=len(chosen))

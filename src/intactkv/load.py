@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -65,7 +65,7 @@ def load_with_losses(
                 _let_weights_move_(model)
                 if report["unexpected_keys"]:
                     restored = _restore_transforms_(model, source, set(report["unexpected_keys"]))
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise IntactKVError(f"{source} cannot be loaded as a causal LM: {_first_line(error)}") from error
     kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
     warn_when_plain_(model, source)

@@ -6,6 +6,7 @@ it says nothing about the size of the effect on a large one.
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,8 @@ from intactkv.demo import MODEL, TEXT
 from intactkv.evaluate import Arm, Evaluation, evaluate, prefixed_windows
 from intactkv.evaluate.plot import plot_kl_by_position
 from intactkv.generate import continuation, encode
-from intactkv.kv import IntactKV
-from intactkv.load import load_model, load_tokenizer, read_text
+from intactkv.kv import IntactKV, IntactKVError
+from intactkv.load import checkpoint_digest, load_model, load_tokenizer, read_text
 from intactkv.pivots import first_token_pivots, measure
 from intactkv.prefix import bos
 from intactkv.quantize import RTN, quantize
@@ -31,11 +32,16 @@ from intactkv.report import arms_table, pivot_sentence, pivot_table, sentences, 
 BITS = (4, 3)
 GROUP_SIZE = 128
 WINDOW = 128
+WRITTEN = {"bos.intactkv.safetensors", "demo.json", "kl_by_position.png"}
 PROMPT = "The river rises in the mountains and"
 
 
 def run(out: Path, console: Console) -> None:
-    """Run the demo and write `bos.intactkv.safetensors`, `w4`, `w3`, `demo.json` and `kl_by_position.png` to `out`."""
+    """Run the demo and write `bos.intactkv.safetensors`, `w4`, `w3`, `demo.json` and `kl_by_position.png` to `out`.
+
+    Raises `IntactKVError` before any work where `out` holds anything but what an earlier demo wrote.
+    """
+    _check_ours(out)
     out.mkdir(parents=True, exist_ok=True)
     tokenizer, full = load_tokenizer(MODEL), load_model(MODEL, dtype=torch.float32)
     tokens = tokenizer(read_text(TEXT), add_special_tokens=False, verbose=False).input_ids
@@ -78,14 +84,33 @@ def run(out: Path, console: Console) -> None:
             "quantizer": {"method": "rtn", "bits": list(BITS), "group_size": GROUP_SIZE, "symmetric": False},
             "sentences": said,
             "texts": texts,
+            "checkpoints": {f"w{bits}": checkpoint_digest(out / f"w{bits}") for bits in BITS},
             **figures,
         },
     )
     console.print(f"6. Written: {written}, {picture}, {out / 'bos.intactkv.safetensors'}")
 
 
+def _check_ours(out: Path) -> None:
+    """Refuse a folder that holds other files, or checkpoints that are not the ones its `demo.json` tells of."""
+    held = {path.name for path in out.iterdir()} if out.is_dir() else {out.name} if out.exists() else set()
+    if not held:
+        return
+    try:
+        told = json.loads((out / "demo.json").read_text(encoding="utf-8"))["checkpoints"]
+        foreign = held - WRITTEN - set(told)
+        foreign |= {name for name in held & set(told) if checkpoint_digest(out / name) != told[name]}
+    except (OSError, ValueError, KeyError, TypeError, IntactKVError):
+        foreign = held
+    if foreign:
+        raise IntactKVError(
+            f"{out} holds {sorted(foreign)[0]}, which no finished demo wrote; the demo replaces only its own files: "
+            "give --out another folder, or remove it"
+        )
+
+
 def _quantized(bits: int, folder: Path) -> PreTrainedModel:
-    if folder.exists():  # an earlier run's
+    if folder.exists():  # an earlier demo's: `_check_ours`
         shutil.rmtree(folder)
     quantize(MODEL, folder, method=RTN(bits=bits, group_size=GROUP_SIZE, symmetric=False))
     return load_model(folder, dtype=torch.float32)

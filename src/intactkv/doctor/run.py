@@ -9,6 +9,7 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from intactkv.capturing import refuse_quantized
 from intactkv.demo import MODEL, TEXT
 from intactkv.doctor.examine import Examination, examine, to_dict
 from intactkv.doctor.html import page
@@ -52,6 +53,7 @@ def run(
     tokenizer = load_tokenizer(source)
     with console.status(f"loading {source}"):
         full = load_model_on(source, device, dtype=torch.float32 if model is None else dtype)
+        refuse_quantized(full.config)
         models = _models(full, quantized)
     tokens = tokenizer(read_text(data or TEXT), add_special_tokens=False, verbose=False).input_ids
     with console.status("examining") as status:

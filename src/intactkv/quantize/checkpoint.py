@@ -28,12 +28,11 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
-from intactkv.capturing import capture, checked_ids
+from intactkv.capturing import capture, checked_ids, refuse_quantized
 from intactkv.evaluate.windows import prefixed_windows
 from intactkv.kv import IntactKV, IntactKVError, weights_digest
 from intactkv.load import load_with_losses
@@ -101,7 +100,7 @@ def quantize(
     with quiet(), tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
         checkpoint = Path(scratch) / "quantized"
         if isinstance(model, PreTrainedModel):  # llm-compressor works in place: give it a model of its own
-            _refuse_quantized(model.config)
+            refuse_quantized(model.config)
             source, name = Path(scratch) / "full", str(model.config.name_or_path)
             model.save_pretrained(source)
         else:
@@ -142,17 +141,12 @@ def quantize(
 def _load(source: Path, dtype: torch.dtype | str) -> PreTrainedModel:
     """The full model, fresh from its checkpoint."""
     try:
-        _refuse_quantized(AutoConfig.from_pretrained(source))
+        refuse_quantized(AutoConfig.from_pretrained(source))
         return AutoModelForCausalLM.from_pretrained(source, dtype=dtype).eval()
     except IntactKVError:
         raise
     except (OSError, ValueError, SafetensorError) as error:
         raise IntactKVError(f"{source} is neither a model's folder nor a model on the Hub that can be read") from error
-
-
-def _refuse_quantized(config: PreTrainedConfig) -> None:
-    if getattr(config, "quantization_config", None) is not None:
-        raise IntactKVError("the model is quantized already; give the full-precision one")
 
 
 def _tokenizer(source: Path) -> PreTrainedTokenizerBase | None:
