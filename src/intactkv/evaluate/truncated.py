@@ -61,7 +61,8 @@ def top(full_logits: Float[Tensor, "*token vocab"], labels: Int[Tensor, "*token"
         raise IntactKVError(f"k={k} keeps no part of the vocabulary of {vocab}; use 1 to {vocab - 1}, or keep all")
     precision = torch.promote_types(full_logits.dtype, torch.float32)
     parts = []
-    for part, label in zip(*_split(vocab, full_logits.reshape(-1, vocab), labels.reshape(-1)), strict=True):
+    columns = full_logits.reshape(-1, vocab), labels.reshape(-1)
+    for part, label in zip(*(column.split(tokens_at_once(full_logits)) for column in columns), strict=True):
         kept, ids = part.topk(k, dim=-1)
         log_p = part.log_softmax(-1, dtype=precision)
         others = part.to(precision).scatter(-1, ids, -torch.inf)
@@ -89,7 +90,7 @@ def top_metrics(full: Top, logits: Float[Tensor, "*token vocab"], labels: Int[Te
         )
     flat = [x.reshape(labels.numel(), *x.shape[labels.ndim :]) for x in vars(full).values()]
     parts = []
-    columns = [logits.reshape(-1, vocab), labels.reshape(-1), *flat]
+    columns = logits.reshape(-1, vocab), labels.reshape(-1), *flat
     for part, label, *kept in zip(*(column.split(tokens_at_once(logits)) for column in columns), strict=True):
         ids, full_logits, total, rest, first, full_nll = kept
         precision = torch.promote_types(torch.promote_types(part.dtype, total.dtype), torch.float32)
