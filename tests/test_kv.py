@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import gc
 import json
 import os
 import pickle
@@ -721,3 +722,55 @@ def test_a_file_with_nan_or_infinity_is_refused(part: int, value: float, tmp_pat
     kv.save(tmp_path / "kv")
     with pytest.raises(IntactKVError, match=f"the {('keys', 'values')[part]} of layer 1 hold NaN or infinity"):
         IntactKV.load(tmp_path / "kv")
+
+
+@torch.no_grad()
+def test_generate_refuses_what_a_filled_cache_does_not_stand_for(small: Any) -> None:
+    full, kv = small
+    ids = prompts()
+    greedy: dict[str, Any] = {"max_new_tokens": 3, "do_sample": False}
+    with attach(full, kv):
+        want = full.generate(ids, **greedy)
+    cache = kv.cache(full, len(ids))
+    assert torch.equal(full.generate(ids, past_key_values=cache, **greedy), want)
+    longer = torch.cat([want, ids[:, -2:]], 1)  # going on after what was said is right
+    with attach(full, kv):
+        further = full.generate(longer, **greedy)
+    assert torch.equal(full.generate(longer, past_key_values=cache, **greedy), further)
+
+    message = "does not begin, or begins and ends"
+    with pytest.raises(IntactKVError, match=f"an earlier call, with which row 0 .* {message}"):
+        full.generate(ids, past_key_values=cache, **greedy)
+    without = ids.clone()
+    without[1, 0] = 90
+    with pytest.raises(IntactKVError, match=f"the prefix, with which row 1 .* {message}"):
+        full.generate(without, past_key_values=kv.cache(full, len(ids)), **greedy)
+    padded = torch.cat([torch.zeros(len(ids), 2, dtype=torch.int64), ids], 1)
+    mask = torch.ones_like(padded)
+    mask[:, :2] = 0
+    with pytest.raises(IntactKVError, match=message):
+        full.generate(padded, attention_mask=mask, past_key_values=kv.cache(full, len(ids)), **greedy)
+    with pytest.raises(IntactKVError, match=message):
+        full.generate(ids[:, : len(PREFIX)], past_key_values=kv.cache(full, len(ids)), **greedy)
+
+
+def test_a_model_is_itself_again_when_its_filled_caches_are_gone(small: Any) -> None:
+    full, kv = small
+    first, second = kv.cache(full), kv.cache(full)
+    assert "prepare_inputs_for_generation" in vars(full)
+    del first
+    assert "prepare_inputs_for_generation" in vars(full)
+    del second
+    gc.collect()
+    assert "prepare_inputs_for_generation" not in vars(full)
+
+
+def test_a_filled_cache_has_the_door_of_the_basis(small: Any) -> None:
+    full, kv = small
+    foreign = copy.deepcopy(full)
+    with torch.no_grad():
+        for layer in foreign.model.layers:
+            layer.self_attn.k_proj.weight.mul_(-1)
+    with pytest.raises(IntactKVError, match="another basis or model"):
+        kv.cache(foreign)
+    assert kv.cache(foreign, check=False).get_seq_length() == len(kv)

@@ -15,7 +15,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
@@ -26,7 +26,9 @@ from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from intactkv.error import IntactKVError
-from intactkv.locate import Progress
+
+if TYPE_CHECKING:
+    from intactkv.prefix_cache import PrefixCache
 
 FORMAT_VERSION = 1
 
@@ -173,49 +175,23 @@ class IntactKV:
         check_finite(kv.layers, f"{path} is of no use; capture it again")
         return kv.to(device=device)
 
-    def cache(self, model: PreTrainedModel, batch_size: int = 1) -> DynamicCache:
+    def cache(self, model: PreTrainedModel, batch_size: int = 1, *, check: bool = True) -> PrefixCache:
         """A cache that already holds the prefix, so that its tokens need not be computed again.
 
         Give the *whole* ids, prefix included, to `generate`, or only the rest to `model(...)` with an attention
         mask of the whole length. Every row must begin with the prefix in column 0: **no left padding**, for which
-        `attach` is right. Raises `IntactKVError` where `model`'s fingerprint differs or where it has recurrent
-        layers, whose state a prefix of keys and values does not restore.
+        `attach` is right. One cache serves one prompt and what is said on after it.
+
+        `generate` is checked: a row that does not begin with what the cache holds is refused. A direct call of the
+        model cannot be: the tokens that the cache stands for are not in it, and a mask that hides them, another
+        prompt's tokens or a missing BOS give other logits without a word.
+
+        Raises `IntactKVError` where `model`'s fingerprint differs, where (unless `check` is False) its own keys and
+        values are in another basis, and where it has recurrent layers, whose state keys and values do not restore.
         """
-        if batch_size < 1:
-            raise IntactKVError(f"batch_size={batch_size} must be at least 1; give the number of rows")
-        check_fingerprint(self, model.config)
-        uncovered = uncovered_layers(self, model.config)
-        if uncovered:
-            raise IntactKVError(
-                f"layers {uncovered} of {model.config.model_type} are recurrent layers or keep another state that this "
-                "artifact does not hold; use attach(model, kv), which lets the model compute it"
-            )
-        cache = PrefixCache(config=model.config)
-        for i, (key, value) in self.layers.items():
-            rows = [t.to(model.device, model.dtype).expand(batch_size, *t.shape) for t in (key, value)]
-            cache.update(rows[0], rows[1], i)
-        matched = torch.full((batch_size,), len(self))
-        cache.intactkv = Progress(owner=self.digest, until=len(self), done=True, matched=matched)
-        return cache
+        from intactkv.prefix_cache import prefix_cache
 
-
-class PrefixCache(DynamicCache):
-    """A dynamic cache filled before the model ran: each layer's prefix follows that layer's device and type."""
-
-    intactkv: Progress
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        layer: Any = self.layers[layer_idx] if layer_idx < len(self.layers) else None
-        if layer is not None and layer.is_initialized:
-            if len(layer.keys) != len(key_states):
-                raise IntactKVError(
-                    f"the cache was made for {len(layer.keys)} rows and is used with {len(key_states)}; make it with "
-                    "kv.cache(model, batch_size=rows × beams)"
-                )
-            layer.keys, layer.values = layer.keys.to(key_states), layer.values.to(value_states)
-        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        return prefix_cache(model, self, batch_size, check=check)
 
 
 def uncovered_layers(kv: IntactKV, config: PreTrainedConfig) -> list[int]:
