@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import math
 from pathlib import Path
 
 import pytest
 import torch
 from models import build, by_name
+from safetensors.torch import load_file, save_file
 
 from intactkv import IntactKVError
-from intactkv.load import device_named, dtype_named, load_model_on
+from intactkv.load import device_named, dtype_named, load_model, load_model_on
 
 CPU, CARD = torch.device("cpu"), torch.device("cuda:0")
 
@@ -53,3 +56,25 @@ def test_an_accelerator_is_taken_if_there_is_one(monkeypatch: pytest.MonkeyPatch
     assert device_named("auto") == CPU, "there is no float64 on it"
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     assert device_named("auto") == CPU
+
+
+def test_weights_packed_by_another_version_are_refused(tmp_path: Path) -> None:
+    """Before compressed-tensors 0.18 ten 3-bit values took an integer; today's reader would make others of them."""
+    pytest.importorskip("llmcompressor")
+    from intactkv.quantize import RTN, quantize
+
+    quantize(build(by_name("llama-gqa")), tmp_path / "w3", method=RTN(3, 16))
+    load_model(tmp_path / "w3")
+    file = tmp_path / "w3" / "model.safetensors"
+    tensors = load_file(file)
+    for name in [name for name in tensors if name.endswith("weight_packed")]:
+        rows, columns = tensors[name.replace("packed", "shape")].tolist()
+        tensors[name] = torch.zeros(rows, math.ceil(columns / 10), dtype=torch.int32)
+    save_file(tensors, file, metadata={"format": "pt"})
+    config = json.loads((tmp_path / "w3" / "config.json").read_text())
+    config["quantization_config"]["version"] = "0.17.1"
+    (tmp_path / "w3" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        IntactKVError, match=r"by compressed-tensors 0\.17\.1: rows of .* take \d+ integers, where"
+    ):
+        load_model(tmp_path / "w3")

@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from importlib import import_module
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,7 @@ def load_with_losses(
 ) -> tuple[PreTrainedModel, dict[str, list[str]]]:
     """As `load_model`, but what did not fit is returned by kind: missing, unexpected and mismatched keys."""
     _check_exists(source)
+    _check_packing(source)
     try:
         with _quiet():
             loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True)
@@ -70,6 +72,43 @@ def load_with_losses(
     kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
     warn_when_plain_(model, source)
     return model.eval(), {kind: sorted({*map(str, report[kind])} - restored) for kind in kinds}
+
+
+def _check_packing(source: str | os.PathLike[str]) -> None:
+    """Refuse compressed-tensors weights that were packed otherwise than the installed version reads them.
+
+    Numbers of bits that do not divide 32 are dense since compressed-tensors 0.18; before, no value crossed an integer's
+    end. Either version loads the other's files without an error, as other weights.
+    """
+    try:
+        config = PreTrainedConfig.get_config_dict(source)[0].get("quantization_config") or {}
+    except (OSError, ValueError):  # loading says what is wrong
+        return
+    bits = {group["weights"]["num_bits"] for group in config.get("config_groups", {}).values() if group.get("weights")}
+    if config.get("quant_method") != "compressed-tensors" or not any(32 % number for number in bits):
+        return
+    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+
+    for path in sorted(Path(_weights_folder(source)).glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (a file is no mapping)
+                if not name.endswith(".weight_packed"):
+                    continue
+                width, row = file.get_slice(name).get_shape()[-1], file.get_tensor(f"{name[:-6]}shape")[-1:]
+                values = torch.zeros(1, int(row), dtype=torch.int8)
+                reads = {number: pack_to_int32(values, number).shape[-1] for number in sorted(bits)}
+                if width not in reads.values():
+                    written, installed = config.get("version", "an unknown version"), version("compressed-tensors")
+                    expected = " or ".join(f"{count} ({number} bits)" for number, count in reads.items())
+                    raise IntactKVError(
+                        f"{source} was packed by compressed-tensors {written}: rows of {name} take {width} integers, "
+                        f"where {installed}, installed here, reads {expected} and would load other weights; install "
+                        "a version of the same side of 0.18, or quantize again"
+                    )
+
+
+def _weights_folder(source: str | os.PathLike[str]) -> str | os.PathLike[str]:
+    return source if Path(source).is_dir() else snapshot_download(str(source), allow_patterns="*.safetensors")
 
 
 def _let_weights_move_(model: PreTrainedModel) -> None:
@@ -102,9 +141,8 @@ def _restore_transforms_(model: PreTrainedModel, source: str | os.PathLike[str],
     before = set(model.state_dict())
     apply_transform_config(model, TransformConfig.model_validate({**config, "config_groups": groups}))
     wanted = (set(model.state_dict()) - before) & unexpected
-    folder = source if Path(source).is_dir() else snapshot_download(str(source), allow_patterns="*.safetensors")
     tensors: dict[str, Tensor] = {}
-    for path in sorted(Path(folder).glob("*.safetensors")):
+    for path in sorted(Path(_weights_folder(source)).glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
             tensors |= {name: file.get_tensor(name) for name in wanted & set(file.keys())}
     model.load_state_dict(tensors, strict=False)
