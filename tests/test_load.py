@@ -74,7 +74,5 @@ def test_weights_packed_by_another_version_are_refused(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "w3" / "config.json").read_text())
     config["quantization_config"]["version"] = "0.17.1"
     (tmp_path / "w3" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(
-        IntactKVError, match=r"by compressed-tensors 0\.17\.1: rows of .* take \d+ integers, where"
-    ):
+    with pytest.raises(IntactKVError, match=r"by compressed-tensors 0\.17\.1: rows of .* take \d+ integers, where"):
         load_model(tmp_path / "w3")

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 app = typer.Typer(
-    help="Keep a quantized language model's memory of its first tokens in full precision.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
@@ -43,12 +42,12 @@ def capture_command(
     model: Model,
     out: Annotated[Path, typer.Option("--out", "-o", help="The file to write.", metavar="KV")],
     prefix: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="`bos`, `chat` (what the chat template begins with), `auto` (the shortest that leaves no pivot "
-            "outside), or the text that prompts begin with."
+            help="`bos` (the default), `chat` (what the chat template begins with), `auto` (the shortest that leaves "
+            "no pivot outside), or the text that prompts begin with."
         ),
-    ] = "bos",
+    ] = None,
     system: Annotated[str | None, typer.Option(help="The system prompt, with `--prefix chat`.")] = None,
     ids: Annotated[str | None, typer.Option(help="Explicit token ids instead, such as `1,887,526`.")] = None,
     data: Annotated[
@@ -68,11 +67,11 @@ def capture_command(
     from intactkv.pivots.discover import behind
 
     tokenizer = load_tokenizer(model)
-    auto = prefix == "auto" and ids is None
+    auto = prefix == "auto"
     if data is not None and not auto:
         raise IntactKVError(f"--data {data} goes with --prefix auto; add it")
     text = read_text(data or TEXT)
-    chosen = [] if auto else _ids(ids) if ids is not None else _prefix(tokenizer, prefix, system)
+    chosen = [] if auto and ids is None else _prefix(tokenizer, prefix, system, ids)
     if dtype == "auto" and device_named(device).type == "cpu":
         dtype = "float32"  # so few tokens take no time, and bfloat16 costs a value up to 0.4 % of itself
     with console.status(f"loading {model}"):
@@ -118,8 +117,9 @@ def quantize_command(
         Path | None, typer.Option(help="A UTF-8 text to calibrate on; only rtn needs none.", metavar="TEXT")
     ] = None,
     prefix: Annotated[
-        str, typer.Option(help="`bos`, `chat`, or the text that prompts begin with: what stays intact.")
-    ] = "bos",
+        str | None,
+        typer.Option(help="`bos` (the default), `chat`, or the text that prompts begin with: what stays intact."),
+    ] = None,
     system: Annotated[str | None, typer.Option(help="The system prompt, with `--prefix chat`.")] = None,
     ids: Annotated[str | None, typer.Option(help="Explicit token ids instead, such as `1,887,526`.")] = None,
     prefix_weight: Annotated[
@@ -152,7 +152,7 @@ def quantize_command(
         raise IntactKVError(f"--plain-prefix is --prefix-weight 1, and {prefix_weight} was given; leave one out")
     where = device_named(device)
     text = None if data is None else read_text(data)
-    chosen_ids = _ids(ids) if ids is not None else _prefix(load_tokenizer(model), prefix, system)
+    chosen_ids = _prefix(load_tokenizer(model), prefix, system, ids)
     screen = Console(file=sys.stderr)  # the one the user sees, while llm-compressor's output is silenced
     with Progress(console=screen, transient=True, redirect_stdout=False, redirect_stderr=False) as bar:
         task = bar.add_task(f"{method}, {bits} bits", total=None)
@@ -445,8 +445,9 @@ def generate_command(
     device: Device = "auto",
     dtype: DType = "auto",
 ) -> None:
-    """Continue a prompt with MODEL, with an intact KV attached if one is given."""
+    """Continue a prompt with MODEL, with an intact KV attached if one is given; tokens are shown as they come."""
     import torch
+    from transformers import TextStreamer
 
     from intactkv.generate import continuation, encode
     from intactkv.kv import IntactKV
@@ -458,10 +459,10 @@ def generate_command(
         loaded = load_model_on(model, device, dtype=dtype)
     ids = encode(tokenizer, prompt, chat=chat, kv=artifact)
     torch.manual_seed(seed)
-    sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
-    with console.status("generating"):
-        text = continuation(loaded, tokenizer, ids, kv=artifact, max_new_tokens=max_new_tokens, **sampling)
-    console.print(text, markup=False, highlight=False)
+    shown = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    continuation(
+        loaded, tokenizer, ids, kv=artifact, max_new_tokens=max_new_tokens, temperature=temperature, streamer=shown
+    )
 
 
 @app.command("doctor")
@@ -503,6 +504,23 @@ def warn(sentence: str) -> None:
     Console(stderr=True).print(f"warning: {sentence}", style="yellow", markup=False, highlight=False, soft_wrap=True)
 
 
+def _show_version(asked: bool) -> None:
+    if asked:
+        from intactkv import __version__
+
+        console.print(__version__, highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Keep a quantized language model's memory of its first tokens in full precision."""
+
+
 def main() -> None:
     """The entry point: what went wrong is one sentence, never a traceback, and so is what a warning says."""
     warnings.showwarning = lambda message, *args, **kwargs: warn(str(message))
@@ -513,9 +531,17 @@ def main() -> None:
         sys.exit(1)
 
 
-def _prefix(tokenizer: PreTrainedTokenizerBase, prefix: str, system: str | None) -> list[int]:
+def _prefix(
+    tokenizer: PreTrainedTokenizerBase, prefix: str | None, system: str | None, ids: str | None = None
+) -> list[int]:
+    """The ids that --prefix with --system names, or --ids gives."""
     from intactkv.prefix import bos, chat_prefix, text_prefix
 
+    if ids is not None:
+        if prefix is not None or system is not None:
+            raise IntactKVError(f"--ids {ids} is the whole prefix; leave --prefix and --system out, or --ids")
+        return _ids(ids)
+    prefix = "bos" if prefix is None else prefix
     if prefix == "auto":
         raise IntactKVError("--prefix auto goes with `intactkv capture`, which shows the prefix it finds; name one")
     if system is not None and prefix != "chat":

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.generation.streamers import BaseStreamer
 
 from intactkv.attachment import attach
 from intactkv.kv import IntactKV
@@ -31,10 +33,52 @@ def encode(
 
 
 def continuation(
-    model: Any, tokenizer: Any, ids: Int[Tensor, "1 token"], *, kv: IntactKV | None = None, **settings: Any
+    model: Any,
+    tokenizer: Any,
+    ids: Int[Tensor, "1 token"],
+    *,
+    kv: IntactKV | None = None,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    streamer: BaseStreamer | None = None,
 ) -> str:
-    """What `model` writes after `ids`, with `kv` attached meanwhile; `settings` go to `generate`."""
+    """What `model` writes after `ids`, with `kv` attached meanwhile.
+
+    At temperature 0 every token is the likeliest; above, it is sampled from the whole distribution. A `streamer` is
+    shown the tokens as they come.
+    """
     ids = ids.to(model.device)
-    with attach(model, kv) if kv is not None else nullcontext():
-        out = model.generate(ids, attention_mask=torch.ones_like(ids), **settings)
+    sampling: dict[str, Any] = {"do_sample": False}
+    if temperature > 0:
+        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    config = plain_generation(model, tokenizer, max_new_tokens=max_new_tokens, **sampling)
+    with attach(model, kv) if kv is not None else nullcontext(), config as plain:
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=plain, streamer=streamer)
     return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+
+
+@contextmanager
+def plain_generation(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, end: Collection[int] = (), **settings: Any
+) -> Iterator[GenerationConfig]:
+    """A configuration of `settings` alone, ending at the checkpoint's end-of-sequence ids or those of `end`.
+
+    Nothing else of the checkpoint's own (top-p, penalties, …) creeps in meanwhile, as `generate` would let it.
+    """
+    kept: Any = model.generation_config
+    own = kept.eos_token_id if kept is not None else tokenizer.eos_token_id
+    ids = {*end, *([own] if isinstance(own, int) else own or ())}
+    config: Any = GenerationConfig(
+        num_beams=1, use_cache=True, eos_token_id=sorted(ids) or None, pad_token_id=padding(tokenizer), **settings
+    )
+    model.generation_config = config
+    try:
+        yield config
+    finally:
+        model.generation_config = kept
+
+
+def padding(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id to pad with. Any id does, since it is masked."""
+    known = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return next(i for i in known if i is not None)

@@ -132,11 +132,10 @@ def _continuations(
 ) -> dict[str, str]:
     """What each arm writes after the same prompt, greedily."""
     ids = encode(tokenizer, PROMPT, kv=kv)
-    greedy: dict[str, Any] = {"max_new_tokens": 24, "do_sample": False}
     return {
-        "full": continuation(full, tokenizer, ids, **greedy),
-        "3-bit own": continuation(quantized, tokenizer, ids, **greedy),
-        "3-bit intact": continuation(quantized, tokenizer, ids, kv=kv, **greedy),
+        "full": continuation(full, tokenizer, ids, max_new_tokens=24),
+        "3-bit own": continuation(quantized, tokenizer, ids, max_new_tokens=24),
+        "3-bit intact": continuation(quantized, tokenizer, ids, kv=kv, max_new_tokens=24),
     }
 
 

@@ -7,15 +7,16 @@ question's randomness is its own; so a run that was stopped ends with the answer
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
 from intactkv.attachment import attach
+from intactkv.generate import padding, plain_generation
 from intactkv.kv import IntactKV, IntactKVError
 from intactkv.mtbench.chat import prompt_ids, turn_end
 from intactkv.mtbench.questions import Question
@@ -92,14 +93,17 @@ class Answerer:
                 f"a prompt of turn {turn + 1} has {longest} tokens, which with {self.settings.max_new_tokens} new ones "
                 f"is over the model's {limit} positions; use a smaller --max-new-tokens and another folder"
             )
-        ids, mask = _left_padded(prompts, pad=_pad(self.tokenizer))
+        ids, mask = _left_padded(prompts, pad=padding(self.tokenizer))
         sample = SampleByRow(
             [question.temperature for question in questions],
             [row_generator(self.settings.seed, question.id, turn) for question in questions],
         )
         end, stop = turn_end(self.tokenizer)
         model: Any = self.model
-        with _plain_generation(model, self.tokenizer, end, self.settings.max_new_tokens) as config, self._intact():
+        plain = plain_generation(
+            model, self.tokenizer, end=end, max_new_tokens=self.settings.max_new_tokens, do_sample=False
+        )
+        with plain as config, self._intact():
             out = model.generate(
                 ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config,
                 logits_processor=LogitsProcessorList([sample]),
@@ -157,30 +161,6 @@ def answers(
             yield [(q, turns) for q, turns in zip(batch, said, strict=True) if q.id not in answered]
         if progress is not None:
             progress(begin + len(batch), len(questions))
-
-
-@contextmanager
-def _plain_generation(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, end: set[int], max_new_tokens: int
-) -> Iterator[GenerationConfig]:
-    """Nothing of the checkpoint's own sampling (top-p, penalties, …) creeps in: it would change the benchmark."""
-    kept: Any = model.generation_config
-    own = kept.eos_token_id if kept is not None else None
-    end = end | ({own} if isinstance(own, int) else set(own or ()))
-    config: Any = GenerationConfig(
-        do_sample=False, num_beams=1, max_new_tokens=max_new_tokens, eos_token_id=sorted(end),
-        pad_token_id=_pad(tokenizer), use_cache=True,
-    )  # fmt: skip
-    model.generation_config = config
-    try:
-        yield config
-    finally:
-        model.generation_config = kept
-
-
-def _pad(tokenizer: PreTrainedTokenizerBase) -> int:
-    known = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)  # masked: any id does
-    return next(i for i in known if i is not None)
 
 
 def _left_padded(prompts: Sequence[list[int]], *, pad: int) -> tuple[Tensor, Tensor]:
