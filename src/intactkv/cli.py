@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-from rich.console import Console
-from rich.progress import Progress
 
 from intactkv.error import IntactKVError
+from intactkv.screen import Screen, working
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -25,7 +24,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-console = Console()
+console = Screen()
 
 Model = Annotated[str, typer.Argument(help="The model: a folder or a name on the Hub.", metavar="MODEL")]
 Full = Annotated[str, typer.Option("--full", help="The full-precision model it was quantized from.", metavar="MODEL")]
@@ -153,13 +152,12 @@ def quantize_command(
     where = device_named(device)
     text = None if data is None else read_text(data)
     chosen_ids = _prefix(load_tokenizer(model), prefix, system, ids)
-    screen = Console(file=sys.stderr)  # the one the user sees, while llm-compressor's output is silenced
-    with Progress(console=screen, transient=True, redirect_stdout=False, redirect_stderr=False) as bar:
-        task = bar.add_task(f"{method}, {bits} bits", total=None)
+    screen = Screen(file=sys.stderr)  # the one the user sees, while llm-compressor's output is silenced
+    with working(screen, f"{method}, {bits} bits", above=False) as show:
         quantize(
             model, out, method=settings, calibration=text, prefix=chosen_ids, device=where,
             prefix_weight=1.0 if plain_prefix else prefix_weight, dtype=dtype_named(dtype, model, where),
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
+            progress=show,
         )  # fmt: skip
     console.print(f"{out}: {method}, {bits} bits; attach {out / PREFIX_KV} to it", highlight=False)
     made_for = made_for_prefix(out)
@@ -501,7 +499,7 @@ def demo_command(
 
 def warn(sentence: str) -> None:
     """Say what the user should know before relying on a result."""
-    Console(stderr=True).print(f"warning: {sentence}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+    Screen(stderr=True).print(f"warning: {sentence}", style="yellow", markup=False, highlight=False, soft_wrap=True)
 
 
 def _show_version(asked: bool) -> None:
@@ -527,7 +525,7 @@ def main() -> None:
     try:
         app()
     except (IntactKVError, OSError) as error:
-        Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        Screen(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(1)
 
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import Progress
 from transformers import PreTrainedModel
 
 from intactkv.calibrate.board import board
@@ -23,6 +22,7 @@ from intactkv.calibrate.targets import Spool, spool, spool_bytes
 from intactkv.calibrate.train import Report, calibrate
 from intactkv.kv import IntactKV, IntactKVError
 from intactkv.load import load_model_on, load_tokenizer
+from intactkv.screen import Screen, working
 
 OBJECTIVES = {"blocks": Objective(1, 0), "kl": Objective(0, 1), "both": Objective(1, 1)}
 
@@ -58,7 +58,7 @@ def run(
 ) -> IntactKV:
     """Calibrate `kv` for `model` from the command line's arguments."""
     device = _process() or places.device
-    console = console if is_main() else Console(quiet=True)
+    console = console if is_main() else Screen(quiet=True)
     curves: Any = board(places.tensorboard) if places.tensorboard is not None and is_main() else nullcontext()
     parts = _samples(data, full, kv, console)
     goal: dict[str, bool] = {"blocks": settings.objective.blocks > 0, "logits": settings.objective.kl > 0}
@@ -73,12 +73,11 @@ def run(
         targets = Spool(places.spool)
     with console.status(f"loading {model}"):
         quantized = load_model_on(model, device, dtype=places.dtype)
-    with curves as draw, Progress(console=console, transient=True) as bar:
-        task = bar.add_task("calibrating", total=settings.steps)
+    with curves as draw, working(console, "calibrating") as tell:
 
         def show(now: Report) -> None:
             text = f"loss {now.loss:.4g}, held-out KL {now.kl:.4f}, {now.seconds_left:.0f} s left"
-            bar.update(task, completed=now.step, description=text)
+            tell(now.step, settings.steps, text)
             if draw is not None:
                 draw(now)
 
@@ -138,9 +137,5 @@ def _spool(
         loaded = load_model_on(full[0], full[1], dtype=full[2])
     size = spool_bytes(loaded, parts, prefix=kv.ids, **goal)
     console.print(f"targets of the full model: {size:,} bytes in {folder}", highlight=False)
-    with Progress(console=console, transient=True) as bar:
-        task = bar.add_task("the full model's targets", total=None)
-        spool(
-            loaded, parts, folder, prefix=kv.ids, **goal,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
-        )  # fmt: skip
+    with working(console, "the full model's targets") as show:
+        spool(loaded, parts, folder, prefix=kv.ids, **goal, progress=show)

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -28,6 +27,7 @@ from intactkv.pivots import first_token_pivots, measure
 from intactkv.prefix import bos
 from intactkv.quantize import RTN, quantize
 from intactkv.report import arms_table, pivot_sentence, pivot_table, sentences, write_json
+from intactkv.screen import working
 
 BITS = (4, 3)
 GROUP_SIZE = 128
@@ -122,9 +122,8 @@ def _measure(
     arms = []
     for bits, model in quantized.items():
         arms += [Arm(f"{bits}-bit own", model), Arm(f"{bits}-bit intact", model, kv)]
-    with Progress(console=console, transient=True) as bar:
-        task = bar.add_task("measuring", total=len(windows))
-        return evaluate(full, arms, windows, progress=lambda done, total: bar.update(task, completed=done))
+    with working(console, "measuring") as show:
+        return evaluate(full, arms, windows, progress=show)
 
 
 def _continuations(

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import Progress
 
 from intactkv.capturing import check_tokenizer
 from intactkv.evaluate.cached import Checkpoint, StoredArm, Traces, evaluate_cached
@@ -22,6 +21,7 @@ from intactkv.kv import IntactKV, IntactKVError
 from intactkv.load import checkpoint_digest, device_named, dtype_named, load_model_on, load_tokenizer, read_text
 from intactkv.plain import made_for_prefix
 from intactkv.report import arms_table, sentences, write_json
+from intactkv.screen import working
 
 
 @dataclass(frozen=True)
@@ -84,12 +84,7 @@ def run(
     protocol = replace(protocol, bare=bare)
     with console.status("reading checkpoints"):
         digests = {source: checkpoint_digest(source) for source in (full, *models)}
-    with Progress(console=console, transient=True) as bar:
-        task = bar.add_task("measuring", total=None)
-
-        def show(done: int, total: int) -> None:
-            bar.update(task, completed=done, total=total)
-
+    with working(console, "measuring") as show:
         traces = None
         if cache is None:
             evaluation = _in_memory(quantized, full, windows, protocol, show)

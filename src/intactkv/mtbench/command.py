@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import Progress
 
 from intactkv.capturing import check_tokenizer, tokenizer_digest
 from intactkv.evaluate.markdown import append_rows
@@ -25,6 +24,7 @@ from intactkv.mtbench.questions import Question, read_questions
 from intactkv.mtbench.scores import read_grades, summarize
 from intactkv.mtbench.tables import differences_table, markdown_rows, means_table
 from intactkv.report import made_by, write_json
+from intactkv.screen import working
 
 ARMS = ("full", "own", "intact")
 
@@ -94,12 +94,7 @@ def _answer_arm(
 ) -> None:  # fmt: skip
     answerer.check(questions)
     before = len(known)
-    with Progress(console=console, transient=True) as bar:
-        task = bar.add_task(file.model_id, total=len(questions))
-
-        def show(done: int, total: int) -> None:
-            bar.update(task, completed=done, total=total)
-
+    with working(console, file.model_id) as show:
         for batch in answers(answerer, questions, set(known), progress=show):
             for question, turns in batch:
                 file.add(known, question, turns)
@@ -125,13 +120,12 @@ def judge(
     console: Console,
 ) -> None:  # fmt: skip
     """Let the endpoint grade what is in the folder; grades that are there for the same prompt are kept."""
-    with Progress(console=console, transient=True) as bar:
-        task = bar.add_task(f"{endpoint.model} grades", total=None)
+    with working(console, f"{endpoint.model} grades") as show:
         outcome = run_judge(
             folder, endpoint, read_questions(questions_file),
             prompts=OURS if prompts is None else read_prompts(prompts),
             references={} if references is None else answers_of(references),
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
+            progress=show,
         )  # fmt: skip
     console.print(
         f"{judgment_path(folder, endpoint.model)}: {outcome.graded} answers graded, {outcome.there} were there",
