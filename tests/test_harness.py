@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,14 @@ pytest.importorskip("lm_eval")
 
 from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
+from lm_eval.api.model import CachingLM
 from lm_eval.tasks import TaskManager
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from intactkv import IntactKV, IntactKVError, bos, capture
 from intactkv.demo import MODEL
+from intactkv.doctor.simulate import rounded_model
 from intactkv.harness.command import compare_arms, lm_eval
 from intactkv.harness.compare import compare, read_samples, rows
 from intactkv.harness.model import IntactLM
@@ -218,7 +221,8 @@ def test_lm_evals_own_command_line(full: Any, tokenizer: Any, tmp_path: Path, ca
     write_data(tmp_path / "data")
     write_tasks(tmp_path / "data", tmp_path / "tasks")
     capture(full, bos(tokenizer)).save(tmp_path / "kv.safetensors")
-    arguments = f"pretrained={MODEL},kv={tmp_path / 'kv.safetensors'},dtype=float32"
+    # key=value,… is cut at every comma, also one in a path
+    arguments = json.dumps({"pretrained": str(MODEL), "kv": str(tmp_path / "kv.safetensors"), "dtype": "float32"})
     lm_eval([
         "run", "--model", "intactkv", "--model_args", arguments, "--include_path", str(tmp_path / "tasks"),
         "--tasks", "lambada_local,winogrande_local", "--batch_size", "4", "--device", "cpu", "--log_samples",
@@ -230,6 +234,51 @@ def test_lm_evals_own_command_line(full: Any, tokenizer: Any, tmp_path: Path, ca
     plain = likelihoods(make(full, tokenizer, None), pairs)
     assert list(found["lambada_local", "log-likelihood"].values()) == pytest.approx(plain, abs=1e-5)
     assert "lambada_local" in capsys.readouterr().out
+
+
+def test_one_response_cache_serves_every_arm_its_own_answers(
+    full: Any, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kv, quantized = capture(full, bos(tokenizer)), rounded_model(full, bits=3)
+    requests = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(PAIRS)]
+
+    def cached(model: Any, attached: bool) -> list[float]:
+        lm = make(model, tokenizer, kv, attached=attached)
+        answers = [value for value, _ in CachingLM(lm, str(tmp_path / "answers.db")).loglikelihood(requests)]
+        if lm.attachment is not None:
+            lm.attachment.remove()
+        return answers
+
+    own, intact, plain = cached(quantized, False), cached(quantized, True), cached(full, False)
+    assert own != intact
+    assert plain not in (own, intact)
+    measured = "_loglikelihood_tokens"
+    monkeypatch.setattr(IntactLM, measured, lambda *args, **kwargs: pytest.fail("not read from the cache"))
+    assert (cached(quantized, False), cached(quantized, True), cached(full, False)) == (own, intact, plain)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"attach": False}, "attach=False is no argument of --model intactkv; did you mean attached?"),
+        ({"colour": "red"}, "colour='red' is no argument of --model intactkv; known are pretrained, kv, attached"),
+        ({"trust_remote_code": True}, "trust_remote_code=True is an argument of lm-eval's hf model that has no effect"),
+        ({"parallelize": True}, "has no effect here"),
+        ({"load_in_4bit": True}, "load_in_4bit=True is no argument"),
+        ({"peft": "adapter"}, "leave it out"),
+        ({"attached": "no"}, "attached='no' is neither True nor False"),
+    ],
+)
+def test_arguments_that_would_be_swallowed_are_refused(
+    full: Any, tokenizer: Any, option: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(IntactKVError, match=re.escape(message)):
+        make(full, tokenizer, None, **option)
+
+
+def test_arguments_of_hflm_that_do_something_are_passed_on(full: Any, tokenizer: Any) -> None:
+    lm = make(full, tokenizer, None, max_length=64, batch_size=3, trust_remote_code=False, softmax_dtype="float32")
+    assert (lm.max_length, lm.batch_size, lm.softmax_dtype) == (64, 3, torch.float32)
 
 
 def samples(folder: Path, values: list[float], *, task: str = "t", metric: str = "acc") -> Path:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
+import hashlib
+import inspect
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +15,23 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from sqlitedict import SqliteDict
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from intactkv.attachment import attach
+from intactkv.capturing import tokenizer_digest
 from intactkv.error import IntactKVError
-from intactkv.kv import IntactKV
+from intactkv.kv import IntactKV, weights_digest
 from intactkv.load import load_model_on, load_tokenizer
 from intactkv.prefix import bos
+
+_HEEDED = (  # HFLM's arguments that it looks at where the model is loaded already
+    "backend", "batch_size", "chat_template_args", "enable_thinking", "logits_cache", "max_batch_size", "max_length",
+    "mixed_precision_dtype", "softmax_dtype", "think_end_token", "truncation",
+)  # fmt: skip
+_OURS = ("pretrained", "kv", "attached", "tokenizer", "dtype", "device")
+_OTHER_BEGINNING = ("add_bos_token", "prefix_token_id", "peft", "delta")
 
 Encoded = tuple[tuple[str, str] | None, list[int], list[int]]
 
@@ -32,13 +46,16 @@ class IntactLM(HFLM):
         --model_args pretrained=MODEL,kv=KV,attached=False     the quantized one with its own prefix
         --model_args pretrained=MODEL,kv=KV                    the quantized one with the intact prefix
 
+    Paths with commas need `--model_args '{"pretrained": …, "kv": …}'`, which lm-eval takes as well.
+
     `pretrained` is a folder, a Hub name or a loaded model, `kv` a file or an `IntactKV`; without it the prefix is the
     tokenizer's [BOS], the model's own. The prefix stays when a context is too long and is cut on the left, and in
     every window of a rolling likelihood. A prompt that already begins with the whole prefix (a chat template's) gets
-    it no second time; one that begins with [BOS] and goes on otherwise is refused. Other arguments are HFLM's.
+    it no second time; one that begins with [BOS] and goes on otherwise is refused. Other arguments are HFLM's as far as
+    it heeds them for a loaded model (batch_size, max_length, softmax_dtype, think_end_token, …).
 
-    Raises `IntactKVError` for arguments that would put another beginning before contexts, for a tokenizer without
-    [BOS] where no `kv` says what to begin with, and as `attach`.
+    Raises `IntactKVError` for arguments that are unknown, that HFLM would ignore or that would put another beginning
+    before contexts, for a tokenizer without [BOS] where no `kv` says what to begin with, and as `attach`.
     """
 
     def __init__(
@@ -52,12 +69,9 @@ class IntactLM(HFLM):
         device: str | None = None,
         **options: Any,
     ) -> None:
-        for name in ("add_bos_token", "prefix_token_id", "peft", "delta"):
-            if options.get(name) is not None:
-                raise IntactKVError(
-                    f"{name}={options[name]!r} was given, but contexts begin with the prefix of kv (by default [BOS]) "
-                    "and the model is the one that kv was made for; leave it out"
-                )
+        _check_options(options)
+        if not isinstance(attached, bool):
+            raise IntactKVError(f"attached={attached!r} is neither True nor False; write one of them")
         if isinstance(pretrained, str):
             name, model = str(pretrained), load_model_on(pretrained, device or "auto", dtype=dtype)
             tokenizer = pretrained if tokenizer is None else tokenizer
@@ -79,6 +93,25 @@ class IntactLM(HFLM):
             )
         self.pretrained = name  # for the result file, which names the model by it
         self.attachment = attach(model, artifact) if artifact is not None and attached else None
+        self._kv = artifact
+
+    def set_cache_hook(self, cache_hook: Any) -> None:
+        """Keep this arm's answers in a table of its own: lm-eval's `--use_cache` tells apart requests, not models."""
+        answers = cache_hook.dbdict
+        if answers is not None:
+            table = SqliteDict(answers.filename, tablename=self.identity)
+            answers.tablename = table.tablename  # lm-eval's wrapper holds the same object
+            table.close()
+        super().set_cache_hook(cache_hook)
+
+    @property
+    def identity(self) -> str:
+        """SHA-256 of what decides this arm's answers: weights, prefix, intact KV, tokenizer, longest context."""
+        what = [
+            weights_digest(self.model), self.pretrained, self.prefix, tokenizer_digest(self.tokenizer), self.max_length,
+            None if self.attachment is None or self._kv is None else self._kv.digest,
+        ]  # fmt: skip
+        return hashlib.sha256(json.dumps(what).encode()).hexdigest()
 
     @property
     def prefix_token_id(self) -> int:
@@ -186,3 +219,24 @@ class IntactLM(HFLM):
                 "max_length"
             )
         return [*self.prefix, *ids[len(ids) - (length - len(self.prefix)) :]]
+
+
+def _check_options(options: Mapping[str, Any]) -> None:
+    """Raise `IntactKVError` for what HFLM would swallow in silence; its own defaults do no harm."""
+    defaults = {name: parameter.default for name, parameter in inspect.signature(HFLM.__init__).parameters.items()}
+    for name, value in options.items():
+        if name in _HEEDED or (name in defaults and value == defaults[name]):
+            continue
+        if name in _OTHER_BEGINNING:
+            raise IntactKVError(
+                f"{name}={value!r} was given, but contexts begin with the prefix of kv (by default [BOS]) "
+                "and the model is the one that kv was made for; leave it out"
+            )
+        if name in defaults:
+            raise IntactKVError(
+                f"{name}={value!r} is an argument of lm-eval's hf model that has no effect here, where intactkv loads "
+                "the model; leave it out"
+            )
+        near = difflib.get_close_matches(name, [*_OURS, *_HEEDED], n=1)
+        meant = f"did you mean {near[0]}?" if near else f"known are {', '.join([*_OURS, *_HEEDED])}"
+        raise IntactKVError(f"{name}={value!r} is no argument of --model intactkv; {meant}")
