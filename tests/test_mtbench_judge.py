@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -354,3 +358,27 @@ def test_without_the_client_the_remedy_is_named(
     monkeypatch.setitem(__import__("sys").modules, "openai", None)
     with pytest.raises(IntactKVError, match=r"pip install 'intactkv\[judge\]'"):
         judge(bench, Endpoint("http://127.0.0.1:9", "j"), questions, prompts=OURS, references={})
+
+
+def test_ctrl_c_stops_at_once_and_what_was_graded_is_kept(bench: Path, stub: Stub, file: Path) -> None:
+    asked, hold = threading.Event(), threading.Event()
+
+    def reply(prompt: str, before: int) -> tuple[int, str]:
+        if len(stub.asked) > 3:
+            asked.set()
+            hold.wait(60)
+        return 200, "[[8]]"
+
+    stub.reply = reply
+    command = [sys.executable, "-m", "intactkv.cli", "mtbench", "judge", bench, "--endpoint", stub.url]
+    command += ["--judge", "judge", "--questions", file]
+    running = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert asked.wait(60)
+    time.sleep(0.5)
+    began = time.monotonic()
+    running.send_signal(signal.SIGINT)
+    running.communicate(timeout=30)
+    hold.set()
+    assert running.returncode != 0
+    assert time.monotonic() - began < 5
+    assert len(judgment_path(bench, "judge").read_text().splitlines()) == 3

@@ -5,7 +5,7 @@ not wait for. No name here may be a module's too, or importing that module would
 """
 
 from importlib import import_module
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -50,7 +50,10 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        return version("intactkv")
+        try:
+            return version("intactkv")
+        except PackageNotFoundError:  # run from a source tree
+            return "unknown"
     if name not in _HOME:
         raise AttributeError(f"module 'intactkv' has no attribute {name!r}")
     return getattr(import_module(f"intactkv.{_HOME[name]}"), name)

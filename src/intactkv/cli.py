@@ -6,6 +6,7 @@ wait for torch.
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from intactkv.error import IntactKVError
+from intactkv.files import check_folder, check_outputs
 from intactkv.screen import Screen, working
 
 if TYPE_CHECKING:
@@ -65,6 +67,7 @@ def capture_command(
     from intactkv.pivots import without_pivot
     from intactkv.pivots.discover import behind
 
+    check_outputs(out)
     tokenizer = load_tokenizer(model)
     auto = prefix == "auto"
     if data is not None and not auto:
@@ -188,6 +191,7 @@ def check_command(
     from intactkv.load import load_model_on
     from intactkv.report import basis_table
 
+    check_outputs(out)
     artifact = IntactKV.load(kv)
     with console.status("reading the full model"):
         shown = show_noise(load_model_on(full, device, dtype=dtype))  # and drop it: one model is in memory at a time
@@ -249,6 +253,7 @@ def eval_command(
     """Compare three arms on a text: the full model, MODEL with its own prefix, MODEL with the intact prefix."""
     from intactkv.evaluate import command as evaluation
 
+    check_outputs(out, _markdown_file(markdown))
     if top is not None and cache is None:
         raise IntactKVError(f"--top {top} says what a cache keeps; add --cache DIR, or leave it out")
     evaluation.run(
@@ -327,6 +332,7 @@ def mtbench_show_command(
     """Mean grades by category, and the differences between arms with paired intervals."""
     from intactkv.mtbench import command
 
+    check_outputs(out, _markdown_file(markdown))
     command.show(folder, questions, judge, out=out, markdown=markdown, console=console)
 
 
@@ -368,6 +374,10 @@ def calibrate_command(
     from intactkv.kv import IntactKV
     from intactkv.load import load_tokenizer
 
+    check_outputs(out, checkpoint)
+    for folder in (spool, tensorboard):
+        if folder is not None:
+            check_folder(folder)
     if objective not in calibration.OBJECTIVES:
         raise IntactKVError(f"--objective {objective!r} is not known; use {', '.join(calibration.OBJECTIVES)}")
     artifact = IntactKV.load(kv)
@@ -424,6 +434,7 @@ def compare_command(
     """Compare three lm-eval runs (with --log_samples) item by item: flips, McNemar, intervals, recovery."""
     from intactkv.harness.command import compare_arms
 
+    check_outputs(out, markdown)
     compare_arms(full, own, intact, console=console, out=out, markdown=markdown)
 
 
@@ -494,6 +505,7 @@ def demo_command(
     """Show the whole story offline, on the small model inside this package: the main job in one command."""
     from intactkv.demo.run import run
 
+    check_folder(out)
     run(out, console)
 
 
@@ -520,13 +532,28 @@ def root(
 
 
 def main() -> None:
-    """The entry point: what went wrong is one sentence, never a traceback, and so is what a warning says."""
+    """The entry point: what went wrong is one sentence, never a traceback, and so is what a warning says.
+
+    With INTACTKV_TRACEBACK set, what nobody foresaw is shown with its traceback.
+    """
     warnings.showwarning = lambda message, *args, **kwargs: warn(str(message))
     try:
         app()
-    except (IntactKVError, OSError) as error:
-        Screen(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+    except Exception as error:
+        if not isinstance(error, IntactKVError | OSError) and os.environ.get("INTACTKV_TRACEBACK"):
+            raise
+        Screen(stderr=True).print(f"error: {_told(error)}", style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(1)
+
+
+def _told(error: Exception) -> str:
+    """What went wrong, in one sentence."""
+    if isinstance(error, IntactKVError | OSError):
+        return str(error)
+    said = (str(error).strip().splitlines() or [""])[0]
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported for this
+        return f"the device's memory does not suffice ({said}); use smaller batches or windows, or --device cpu"
+    return f"{type(error).__name__}: {said} (nobody foresaw this: INTACTKV_TRACEBACK=1 shows where it happened)"
 
 
 def _prefix(
@@ -556,6 +583,11 @@ def _group_size(text: str) -> int | Literal["auto"]:
         return int(text)
     except ValueError:
         raise IntactKVError(f"--group-size {text} is no number; use 128, 64, …, 0 for a whole row, or auto") from None
+
+
+def _markdown_file(name: str | None) -> Path | None:
+    """The file that --markdown names, where it does not ask for printing."""
+    return None if name in (None, "-") else Path(str(name))
 
 
 def _ids(text: str) -> list[int]:

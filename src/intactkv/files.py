@@ -1,9 +1,17 @@
-"""Files that are there whole or not at all."""
+"""Files that are there whole or not at all, and whose place is looked at before the work that fills them."""
 
 from __future__ import annotations
 
+import math
 import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from intactkv.error import IntactKVError
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -11,12 +19,60 @@ def write_atomically(path: Path, content: bytes) -> None:
 
     Raises `OSError` as writing does; the old file is then left as it was.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file of its own beside `path` to write to, which takes its place, on the disk, where nothing was raised.
+
+    Any number of threads and processes may write one path: the last one to end wins, and none reads half a file.
+    """
+    temporary = path.with_name(f".{path.name[:200]}.{uuid4().hex}.tmp")
     try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
+        yield temporary
+        with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def json_data(value: Any) -> Any:
+    """`value` as JSON can hold it: tuples are lists, and NaN and infinity, which are no JSON, are None."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: json_data(item) for key, item in value.items()}
+    return [json_data(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def check_outputs(*paths: Path | None) -> None:
+    """Raise `IntactKVError` now for a file that could not be written once the work is done; None is no file."""
+    for path in paths:
+        if path is None:
+            continue
+        if path.is_dir():
+            raise IntactKVError(f"cannot write {path}: it is a folder; name a file in it")
+        _check_folder(path, path.parent)
+
+
+def check_folder(path: Path) -> None:
+    """Raise `IntactKVError` now for a folder that is none, or in which, or beside which, nothing can be written."""
+    if path.exists() and not path.is_dir():
+        raise IntactKVError(f"cannot write to {path}: it is a file; name a folder")
+    existing = path
+    while not existing.exists():
+        existing = existing.parent
+    _check_folder(path, existing)
+
+
+def _check_folder(path: Path, folder: Path) -> None:
+    if not folder.is_dir():
+        raise IntactKVError(f"cannot write {path}: the folder {folder} does not exist; create it first")
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise IntactKVError(f"cannot write {path}: {error.strerror or error}; name another folder") from error

@@ -26,6 +26,7 @@ from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from intactkv.error import IntactKVError
+from intactkv.files import check_outputs, write_atomically
 
 if TYPE_CHECKING:
     from intactkv.prefix_cache import PrefixCache
@@ -124,10 +125,7 @@ class IntactKV:
         the provenance is no JSON data.
         """
         path = Path(path)
-        if path.is_dir():
-            raise IntactKVError(f"cannot write {path}: it is a folder; name a file in it")
-        if not path.parent.is_dir():
-            raise IntactKVError(f"cannot write {path}: the folder {path.parent} does not exist; create it first")
+        check_outputs(path)
         tensors = {name: t.detach().cpu().contiguous().clone() for name, t in self.tensors.items()}
         header = {
             "version": FORMAT_VERSION,
@@ -135,19 +133,15 @@ class IntactKV:
             "provenance": dict(self.provenance),
         }
         try:
-            header = json.loads(json.dumps(header))  # what a reader will see: tuples are lists, keys are text
+            # what a reader will see: tuples are lists, keys are text; NaN and infinity are no JSON
+            header = json.loads(json.dumps(header, allow_nan=False))
         except (TypeError, ValueError) as error:
             raise IntactKVError(
                 f"cannot write {path}: the fingerprint or the provenance is no JSON data ({error}); "
-                "keep only text, numbers, lists and dictionaries in them"
+                "keep only text, finite numbers, lists and dictionaries in them"
             ) from error
         header["digest"] = content_digest(header, tensors)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            temporary.write_bytes(save(tensors, metadata={"intactkv": json.dumps(header, sort_keys=True)}))
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_atomically(path, save(tensors, metadata={"intactkv": json.dumps(header, sort_keys=True)}))
         return path
 
     @classmethod

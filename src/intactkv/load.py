@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
@@ -29,7 +30,10 @@ from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationMethod
 
 from intactkv.kv import IntactKVError
+from intactkv.lines import read_lines, read_utf8
 from intactkv.plain import warn_when_plain_
+
+_ROWS = (".jsonl", ".json", ".parquet")  # files whose rows have a `text` field
 
 
 def load_model(source: str | os.PathLike[str], *, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
@@ -223,14 +227,46 @@ def load_tokenizer(source: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
 
 
 def read_text(path: str | os.PathLike[str]) -> str:
-    """A UTF-8 text file. Raises `IntactKVError` where it cannot be read or is empty."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise IntactKVError(f"{path} cannot be read as UTF-8 text: {_first_line(error)}") from error
+    """A UTF-8 text file, or the `text` fields of a .jsonl, .json or .parquet file, with blank lines between.
+
+    Raises `IntactKVError` where it cannot be read, has rows without such a field, or is empty.
+    """
+    path = Path(path)
+    text = "\n\n".join(_texts(path)) if path.suffix in _ROWS else read_utf8(path)
     if not text.strip():
         raise IntactKVError(f"{path} is empty; give a text of at least a few hundred words")
     return text
+
+
+def _texts(path: Path) -> list[str]:
+    """The `text` field of every row of a data file."""
+    if path.suffix == ".parquet":
+        try:
+            from pyarrow import ArrowException
+            from pyarrow.parquet import read_table
+        except ImportError as error:
+            raise IntactKVError(f"{path} is read with pyarrow; pip install pyarrow, or give plain text") from error
+        try:
+            rows = read_table(path).to_pylist()
+        except (OSError, ValueError, ArrowException) as error:
+            raise IntactKVError(f"{path} cannot be read as Parquet: {_first_line(error)}") from error
+    elif path.suffix == ".jsonl":
+        rows = read_lines(path, needed=["text"])
+    else:
+        try:
+            found = json.loads(read_utf8(path))
+        except (ValueError, RecursionError) as error:
+            raise IntactKVError(f"{path} is no JSON ({error}); give a list of rows with a text field") from error
+        rows = found if isinstance(found, list) else [found]
+    texts = [row.get("text") if isinstance(row, dict) else None for row in rows]
+    wrong = [i for i, text in enumerate(texts) if not isinstance(text, str)]
+    if wrong:
+        row = rows[wrong[0]]
+        holds = f"the fields {', '.join(map(str, row))}" if isinstance(row, dict) else type(row).__name__
+        raise IntactKVError(
+            f"row {wrong[0]} of {path} has no text under `text`, but {holds}; rename the field, or give plain text"
+        )
+    return [text for text in texts if isinstance(text, str)]
 
 
 def checkpoint_digest(source: str | os.PathLike[str]) -> str:

@@ -9,7 +9,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -20,6 +20,7 @@ from rich.table import Table
 
 from intactkv.basis import Relation
 from intactkv.evaluate import Evaluation, summary, verdict
+from intactkv.files import json_data, write_atomically
 from intactkv.pivots import LayerPivot, uniform_mass
 from intactkv.pivots.classify import PIVOT
 
@@ -125,6 +126,14 @@ def commit() -> str | None:
     return head if head is None or changes == "" else f"{head} + changes"
 
 
+def installed(package: str) -> str | None:
+    """The version of an installed package; None where it runs from source, without metadata, or is not there."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
 def made_by() -> dict[str, Any]:
     """The command, machine and versions that figures come from."""
     return {
@@ -132,17 +141,13 @@ def made_by() -> dict[str, Any]:
         "folder": str(Path.cwd()),
         "commit": commit(),
         "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, {torch.get_num_threads()} threads",
-        "versions": {name: version(name) for name in ("intactkv", "torch", "transformers")},
+        "versions": {name: installed(name) for name in ("intactkv", "torch", "transformers")},
     }
 
 
 def write_json(path: str | os.PathLike[str], data: dict[str, Any]) -> Path:
     """Write `data` with the versions, machine and command that made it, atomically."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(json.dumps({**data, "made_by": made_by()}, indent=1, allow_nan=False) + "\n")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    text = json.dumps({**json_data(data), "made_by": made_by()}, indent=1, allow_nan=False)
+    write_atomically(path, f"{text}\n".encode())
     return path

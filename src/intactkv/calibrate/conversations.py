@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from intactkv.calibrate.samples import Sample, Samples
 from intactkv.kv import IntactKVError
+from intactkv.lines import read_utf8
 
 _ROLES = {"human": "user", "user": "user", "system": "system"}
 _ROLES |= dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "model", "assistant"), "assistant")
@@ -78,10 +79,7 @@ def conversation_samples(
 
 def _rows(path: Path, skipped: dict[str, list[str]]) -> list[tuple[str, Any]]:
     """Every row under its name; broken lines of a JSON Lines file are left out by name."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise IntactKVError(f"{path} cannot be read as UTF-8 text: {error}") from error
+    text = read_utf8(path)
     try:
         data = json.loads(text)
         if isinstance(data, list):
@@ -90,7 +88,7 @@ def _rows(path: Path, skipped: dict[str, list[str]]) -> list[tuple[str, Any]]:
     except (ValueError, RecursionError):
         pass  # several JSON texts, one a line
     rows = []
-    for i, line in enumerate(text.splitlines(), start=1):
+    for i, line in enumerate(text.split("\n"), start=1):
         try:
             if line.strip():
                 rows.append((f"line {i}", json.loads(line)))

@@ -32,6 +32,7 @@ from intactkv.calibrate.samples import Split
 from intactkv.calibrate.state import State, load_state_, save_state
 from intactkv.calibrate.step import Settings, backward_, order, step_, with_tensors
 from intactkv.calibrate.targets import Live, Spool, Targets
+from intactkv.files import json_data
 from intactkv.kv import IntactKV, IntactKVError, weights_digest
 
 _SAVE_SECONDS = 30.0
@@ -140,7 +141,7 @@ def _identity(kv: IntactKV, model: PreTrainedModel, targets: Targets, data: Spli
         "model": {"name": str(model.config.name_or_path), "weights": weights_digest(model), "dtype": str(model.dtype)},
         "full_weights": targets.weights,
     }
-    return json.loads(json.dumps(found))
+    return json_data(found)
 
 
 def _start(kv: IntactKV, model: PreTrainedModel, settings: Settings) -> State:

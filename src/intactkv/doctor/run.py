@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import torch
@@ -24,6 +23,7 @@ from intactkv.doctor.words import (
     verdict_sentences,
 )
 from intactkv.evaluate.verdict import RULE
+from intactkv.files import check_outputs, write_atomically
 from intactkv.kv import IntactKVError
 from intactkv.load import load_model_on, load_tokenizer, read_text
 from intactkv.pivots.discover import first_of_chat, opening
@@ -64,7 +64,7 @@ def run(
         shown = "the embedded model" if model is None else model
         how = quantized or f"simulated by rounding to nearest, groups of {GROUP_SIZE}"
         html = page(found, title=f"intactkv doctor: {shown}", name=name, made_by={"quantized": how, **made_by()})
-    _write(out, html)
+    write_atomically(out, html.encode())
     written = write_json(out.with_suffix(".json"), {"model": str(shown), "quantized": how, **to_dict(found)})
     figures = found.evaluation.to_dict()
     title = f"{figures['windows']} held-out windows of {figures['window']} tokens, {figures['scored_tokens']} scored"
@@ -99,20 +99,10 @@ def _models(full: PreTrainedModel, quantized: str | None) -> dict[str, PreTraine
 
 
 def _check_out(out: Path) -> None:
-    if out.is_dir() or not out.parent.is_dir():
-        raise IntactKVError(f"cannot write {out}: give the name of a file in a folder that exists")
+    check_outputs(out, out.with_suffix(".json"))
     if out.suffix not in (".html", ".htm"):
         raise IntactKVError(f"{out} is no name for a page; let it end in .html")
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise IntactKVError("the doctor draws with matplotlib; pip install 'intactkv[doctor]'") from error
-
-
-def _write(out: Path, text: str) -> None:
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, out)
-    finally:
-        temporary.unlink(missing_ok=True)

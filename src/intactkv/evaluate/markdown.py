@@ -55,7 +55,7 @@ def append_rows(path: Path, rows: Sequence[str], *, head: tuple[str, str] | None
         text = path.read_text(encoding="utf-8") if path.exists() else ""
     except UnicodeDecodeError as error:
         raise IntactKVError(f"{path} is no UTF-8 text ({error}); name another file") from error
-    lines = text.rstrip("\n").splitlines()
+    lines = text.rstrip("\n").split("\n") if text.strip() else []
     table: list[str] = []
     for line in reversed(lines):  # the table at the file's end, its head included
         if not line.startswith("|"):

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from intactkv.evaluate.compare import Evaluation
+from intactkv.files import replacing
 
 # Okabe and Ito's colours, told apart by all kinds of colour vision, one hue for each pair of arms.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
@@ -37,12 +38,8 @@ def plot_kl_by_position(evaluation: Evaluation, path: str | os.PathLike[str], *,
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(path) as temporary:
         figure.savefig(temporary, dpi=150, format="png")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
     return path
 
 

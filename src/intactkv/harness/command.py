@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from intactkv.error import IntactKVError
-from intactkv.files import write_atomically
+from intactkv.files import check_folder, write_atomically
 from intactkv.report import write_json
 
 
@@ -35,6 +35,7 @@ def tasks(data: Path, out: Path, console: Console) -> None:
     _need_lm_eval()
     from intactkv.harness.tasks import write_tasks
 
+    check_folder(out)
     names = write_tasks(data, out)
     console.print(f"written to {out}: {', '.join(names)}", highlight=False)
     console.print(f"intactkv lm-eval --include_path {out} --tasks {','.join(names)} …", highlight=False, soft_wrap=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from scipy.stats import binomtest
 
 from intactkv.error import IntactKVError
 from intactkv.evaluate.metrics import Interval
+from intactkv.lines import read_lines
 
 GROUPS = ("mmlu",)  # tasks named GROUP_… are counted together too
 Items = dict[tuple[str, str], dict[Any, float]]  # (task, metric) → item → value
@@ -114,8 +114,7 @@ def read_samples(path: Path) -> Items:
     for file in files:
         task = file.stem.removeprefix("samples_").rsplit("_", 1)[0]
         before = set(items)
-        for line in file.read_text(encoding="utf-8").splitlines():
-            sample = json.loads(line)
+        for sample in read_lines(file, needed=["doc_id", "metrics"]):
             item = (sample["doc_id"], sample.get("doc_hash"), sample.get("filter"))
             for metric in sample["metrics"]:
                 name, value = _per_item(metric, sample.get(metric))

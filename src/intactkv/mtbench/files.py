@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from intactkv.kv import IntactKVError
-from intactkv.mtbench.lines import read_lines, write_lines
+from intactkv.lines import read_lines, write_lines
 from intactkv.mtbench.questions import Question
 from intactkv.report import write_json
 

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import os
 import re
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from typing import Any
 
 from intactkv.kv import IntactKVError
+from intactkv.lines import read_lines, write_lines
 from intactkv.mtbench.files import judgment_path, read_answers
-from intactkv.mtbench.lines import read_lines, write_lines
 from intactkv.mtbench.prompts import REFERENCE_CATEGORIES, Prompt, ask
 from intactkv.mtbench.questions import Question
 
@@ -136,25 +138,57 @@ def judge(
             outcome.stale += there is not None
             missing.append(task)
     client = _client(endpoint)
-    with ThreadPoolExecutor(endpoint.parallel) as pool:
-        waiting = {pool.submit(_grade, client, endpoint, task): task for task in missing}
-        try:
-            for done, future in enumerate(as_completed(waiting), start=1):
-                task, grade = waiting[future], future.result()
-                if grade is None:
-                    kept.pop(task.key, None)
-                    outcome.malformed.append(task.name)
-                else:
-                    kept[task.key] = grade
-                    outcome.graded += 1
-                write_lines(path, [kept[key] for key in sorted(kept, key=in_order)])
-                if progress is not None:
-                    progress(outcome.there + done, len(wanted))
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    grades = _as_they_come(partial(_grade, client, endpoint), missing, endpoint.parallel)
+    for done, (task, grade) in enumerate(grades, start=1):
+        if grade is None:
+            kept.pop(task.key, None)
+            outcome.malformed.append(task.name)
+        else:
+            kept[task.key] = grade
+            outcome.graded += 1
+        write_lines(path, [kept[key] for key in sorted(kept, key=in_order)])
+        if progress is not None:
+            progress(outcome.there + done, len(wanted))
     outcome.malformed.sort()
     return outcome
+
+
+def _as_they_come(
+    work: Callable[[Task], dict[str, Any] | None], tasks: Sequence[Task], threads: int
+) -> Iterator[tuple[Task, dict[str, Any] | None]]:
+    """Each task with its result, the first one done first; what `work` raises is raised here.
+
+    Threads that are waiting for a reply when this is left, by an error or Ctrl-C, do not keep the process alive, as
+    those of an executor would; nothing new is begun.
+    """
+    todo: SimpleQueue[Task] = SimpleQueue()
+    done: SimpleQueue[tuple[Task, dict[str, Any] | None, BaseException | None]] = SimpleQueue()
+    left = threading.Event()
+    for task in tasks:
+        todo.put(task)
+
+    def run() -> None:
+        while not left.is_set():
+            try:
+                task = todo.get_nowait()
+            except Empty:
+                return
+            try:
+                done.put((task, work(task), None))
+            except BaseException as error:
+                left.set()
+                done.put((task, None, error))
+
+    for _ in range(min(threads, len(tasks))):
+        threading.Thread(target=run, daemon=True).start()
+    try:
+        for _ in tasks:
+            task, result, error = done.get()
+            if error is not None:
+                raise error
+            yield task, result
+    finally:
+        left.set()
 
 
 def in_order(key: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from intactkv.kv import IntactKVError
-from intactkv.mtbench.lines import read_lines
+from intactkv.lines import read_lines
 from intactkv.mtbench.questions import Question
 
 # Categories whose answers are right or wrong: the judge is shown reference answers, where there are any (FastChat's).

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from intactkv.kv import IntactKVError
-from intactkv.mtbench.lines import read_lines
+from intactkv.lines import read_lines
 
 # FastChat's, by category; others are sampled at its default.
 _TEMPERATURES = {

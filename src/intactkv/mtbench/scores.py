@@ -18,7 +18,7 @@ from torch import Tensor
 
 from intactkv.evaluate.metrics import Interval
 from intactkv.kv import IntactKVError
-from intactkv.mtbench.lines import read_lines
+from intactkv.lines import read_lines
 from intactkv.mtbench.questions import Question
 
 Grades = Mapping[str, Mapping[Any, tuple[float, ...]]]  # by model and question: the grades of its turns

@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from intactkv.files import replacing
 from intactkv.kv import IntactKVError
 from intactkv.pivots.pair import LayerBudget, drops
 
@@ -164,12 +165,8 @@ def _figure(path: str | os.PathLike[str], theme: Theme, *, size: tuple[float, fl
     figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
     yield figure
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(path) as temporary:
         figure.savefig(temporary, dpi=130, format=kind, facecolor=_INK[theme][1])
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _themed(figure: Any, axes: Any, theme: Theme) -> None:

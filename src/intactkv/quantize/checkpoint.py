@@ -16,7 +16,6 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,7 @@ from transformers import (
 
 from intactkv.capturing import capture, checked_ids, refuse_quantized
 from intactkv.evaluate.windows import prefixed_windows
+from intactkv.files import check_folder, json_data
 from intactkv.kv import IntactKV, IntactKVError, weights_digest
 from intactkv.load import load_with_losses
 from intactkv.plain import PREFIX_KV, RECIPE
@@ -42,6 +42,7 @@ from intactkv.quantize.compress import compress_
 from intactkv.quantize.made_for import MadeFor, check_weight
 from intactkv.quantize.methods import Method, recipe
 from intactkv.quantize.quiet import quiet
+from intactkv.report import installed
 
 _TOKENIZER_FILES = ("*token*", "vocab*", "merges*", "chat_template*", "*.model", "*.tiktoken")
 _WINDOW, _WINDOWS = 512, 128
@@ -95,6 +96,7 @@ def quantize(
         name = type(method).__name__
         raise IntactKVError(f"{name} learns from text and calibration is None; give token windows, or use RTN")
     check_weight(prefix_weight, method, prefix)
+    check_folder(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     said: list[str] = []
     with quiet(), tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
@@ -232,17 +234,10 @@ def _record(
         "calibration": learned,
         "prefix": None if prefix is None else prefix.tolist(),
         "prefix_aware": None if made_for is None else made_for.to_dict(),
-        "versions": {name: _version(name) for name in ("intactkv", "llmcompressor", "compressed-tensors",
+        "versions": {name: installed(name) for name in ("intactkv", "llmcompressor", "compressed-tensors",
                                                        "auto-round", "transformers", "torch")},
     }  # fmt: skip
-    (checkpoint / RECIPE).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
+    (checkpoint / RECIPE).write_text(json.dumps(json_data(data), indent=1) + "\n", encoding="utf-8")
 
 
 def _loaded_back(checkpoint: Path) -> PreTrainedModel:

@@ -20,6 +20,7 @@ from intactkv.basis import own_errors
 from intactkv.capturing import capture
 from intactkv.evaluate.compare import Arm, perplexity
 from intactkv.evaluate.windows import scored_after
+from intactkv.files import json_data
 from intactkv.kv import IntactKV, IntactKVError, uncovered_layers
 from intactkv.load import device_named
 from intactkv.pivots.classify import without_pivot
@@ -122,8 +123,8 @@ class MadeFor:
         return {
             "weight": self.weight,
             "prefix": self.prefix.tolist(),
-            "perplexity": dict(self.perplexity),
-            "own_errors": dict(self.own_errors),
+            "perplexity": json_data(self.perplexity),
+            "own_errors": json_data(self.own_errors),
         }
 
 

@@ -1,4 +1,8 @@
-"""JSON Lines files: read with every line checked, written whole or not at all."""
+"""JSON Lines files: read with every line checked, written whole or not at all.
+
+A line ends where JSON Lines says, at a line feed: `str.splitlines` would also cut at characters such as U+2028, which
+may stand in a JSON text as they are.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +11,16 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from intactkv.error import IntactKVError
 from intactkv.files import write_atomically
-from intactkv.kv import IntactKVError
+
+
+def read_utf8(path: Path) -> str:
+    """A UTF-8 file's text, without the mark that some programs put before it. Raises `IntactKVError` for others."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise IntactKVError(f"{path} cannot be read as UTF-8 text: {error}") from error
 
 
 def read_lines(path: Path, *, needed: Sequence[str]) -> list[dict[str, Any]]:
@@ -16,12 +28,8 @@ def read_lines(path: Path, *, needed: Sequence[str]) -> list[dict[str, Any]]:
 
     Raises `IntactKVError` for a file that cannot be read, and for a line that is no JSON object or lacks a field.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise IntactKVError(f"{path} cannot be read as UTF-8 text: {error}") from error
     rows = []
-    for number, line in enumerate(text.split("\n"), start=1):
+    for number, line in enumerate(read_utf8(path).split("\n"), start=1):
         if not line.strip():
             continue
         try:
