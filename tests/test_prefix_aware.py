@@ -47,7 +47,7 @@ def saved(name: str, folder: Path) -> PreTrainedModel:
 
 
 def shown(
-    model: PreTrainedModel, method: Method, ids: Tensor = windows.ids, weight: float | None = None
+    model: PreTrainedModel, method: Method, ids: Tensor = windows.ids, weight: float | None = 0.0
 ) -> dict[str, Tensor]:
     """Quantize `model` in place; what GPTQ's hooks of every Linear were given, `(token, width)` by name."""
     from llmcompressor.modifiers.gptq import GPTQModifier
@@ -66,7 +66,7 @@ def shown(
 
 
 def compressed(
-    model: PreTrainedModel, method: Method, ids: Tensor = windows.ids, weight: float | None = None
+    model: PreTrainedModel, method: Method, ids: Tensor = windows.ids, weight: float | None = 0.0
 ) -> PrefixAware:
     """Quantize `model` in place as `quantize` does; what its steps were shown."""
     made_for = MadeFor.decide(model, torch.tensor(PREFIX), method, ids, weight, [])
@@ -271,7 +271,7 @@ def test_a_checkpoint_made_for_its_prefix_of_every_architecture(name: str, tmp_p
     out = quantize(build(by_name(name)), tmp_path / "q", method=GPTQ(4, None), calibration=windows.ids, prefix=PREFIX)
     made_for = made_for_prefix(out)
     assert made_for is not None
-    assert (made_for["weight"], made_for["prefix"]) == (0.0, PREFIX)
+    assert (made_for["weight"], made_for["prefix"]) == (1 / 16, PREFIX)
     kv = IntactKV.load(out / PREFIX_KV)
     assert kv.provenance["prefix_aware"] == made_for
     attach(load_model(out), kv).remove()
@@ -287,6 +287,7 @@ def test_every_method_that_learns_says_what_it_was_made_for(method: Method, tmp_
     full = build(by_name("llama-gqa"))
     out = quantize(full, tmp_path / "q", method=method, calibration=windows.ids, prefix=PREFIX)
     said = json.loads((out / RECIPE).read_text())["prefix_aware"]
+    assert said["weight"] == (1 / 16 if method.weighs else 0)
     figures = said["perplexity"]
     assert figures["windows"] == 8
     assert all(figures[arm] > 1 for arm in ("full", "with_kv", "without_kv"))

@@ -127,7 +127,8 @@ def quantize_command(
     prefix_weight: Annotated[
         float | None,
         typer.Option(
-            help="How much prefix tokens count while the method learns: 0 (by default) not at all, 1 in full."
+            help="How much prefix tokens count while the method learns, from 0, not at all, to 1, in full; 1/16 by "
+            "default, 0 for methods that know no part."
         ),
     ] = None,
     plain_prefix: Annotated[

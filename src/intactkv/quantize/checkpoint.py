@@ -79,8 +79,9 @@ def quantize(
 
     With a prefix, a method that learns from text is shown it as the served model will see it: prefix tokens do not
     count, and later tokens read their intact keys and values. **Such a checkpoint wants its KV**: with its own prefix,
-    or for prompts without one, it is worse than the ordinary checkpoint, which `prefix_weight=1` makes. In between
-    it is the share of windows shown the ordinary way; 0 unless given, or 1 where layers keep states that no KV covers.
+    or for prompts without one, it can be worse than the ordinary checkpoint, which `prefix_weight=1` makes. In between
+    it is the share of windows shown the ordinary way. Unless given it is 1/16; 0 for methods that know no part (those
+    that learn ranges, AutoRound); 1 where layers keep states that no KV covers.
 
     Raises IntactKVError when llm-compressor is missing, `out` is not empty, `model` cannot be read, is
     quantized already, has nothing to quantize or does not fit `method`, where calibration is needed and not given,

@@ -29,6 +29,7 @@ from intactkv.quantize.compress import batches
 from intactkv.quantize.methods import Method
 
 _JUDGED = 8  # windows
+WEIGHT = 1 / 16  # with the KV as good as 0, and a fifth to a third less lost without it (docs/prefix-aware.md)
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +74,7 @@ class MadeFor:
         idle = without_pivot(full, windows[:4, :256], size=len(prefix)) if windows.shape[1] > len(prefix) + 32 else None
         if idle:
             said.append(idle)
-        weight = (1.0 if uncovered else 0.0) if asked is None else float(asked)
+        weight = _default_weight(method, bool(uncovered)) if asked is None else float(asked)
         if weight == 1:
             return None
         counts = torch.arange(len(windows) + 1, dtype=torch.float64) * weight
@@ -126,6 +127,13 @@ class MadeFor:
             "perplexity": json_data(self.perplexity),
             "own_errors": json_data(self.own_errors),
         }
+
+
+def _default_weight(method: Method, uncovered: bool) -> float:
+    """1 where later tokens read the prefix in states that no KV covers; else `WEIGHT`, or 0 if there is no part."""
+    if uncovered:
+        return 1.0
+    return WEIGHT if method.weighs else 0.0
 
 
 def check_weight(weight: float | None, method: Method, prefix: Sequence[int] | Tensor | None) -> None:
