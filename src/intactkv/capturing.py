@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from intactkv.attachment import is_attached
 from intactkv.kv import IntactKV, IntactKVError, check_finite, fingerprint, weights_digest
 from intactkv.load import load_model
+from intactkv.positions import check_positions
 from intactkv.record import recorded
 
 # By this share a later token may seem to change an earlier one's keys or values: arithmetic in bfloat16, whose order
@@ -55,6 +56,7 @@ def capture(
     if head is None:
         raise IntactKVError(f"{type(model).__name__} has no output embedding; load it with AutoModelForCausalLM")
     prefix = checked_ids(ids, model.config.get_text_config(decoder=True).vocab_size)
+    check_positions(model.config, len(prefix), "the prefix")
 
     raw: list[Tensor] = []
     handle = head.register_forward_hook(lambda module, args, output: raw.append(output[0].detach().cpu().clone()))

@@ -63,7 +63,7 @@ def capture_command(
     """Let the full-precision MODEL compute the keys and values of a prefix, and save them."""
     from intactkv.capturing import capture
     from intactkv.demo import TEXT
-    from intactkv.load import device_named, load_model_on, load_tokenizer, read_text
+    from intactkv.load import device_named, first_tokens, load_model_on, load_tokenizer, read_text
     from intactkv.pivots import without_pivot
     from intactkv.pivots.discover import behind
 
@@ -86,7 +86,7 @@ def capture_command(
     with console.status(f"capturing {len(chosen)} tokens"):
         kv = capture(full, chosen, tokenizer=tokenizer, allow_quantized=allow_quantized)
         kv.save(out)
-        tokens = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+        tokens = first_tokens(tokenizer, text, 4096)
         idle = without_pivot(full, behind(chosen, tokens), size=len(chosen))
     console.print(f"{out}: {kv}")
     console.print(f"prefix {chosen} = {tokenizer.decode(chosen)!r}", markup=False)

@@ -14,6 +14,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from intactkv.attachment import attach
 from intactkv.kv import IntactKV
+from intactkv.positions import check_positions
 
 
 def encode(
@@ -47,6 +48,7 @@ def continuation(
     At temperature 0 every token is the likeliest; above, it is sampled from the whole distribution. A `streamer` is
     shown the tokens as they come.
     """
+    check_positions(model.config, ids.shape[1] + max_new_tokens, "the prompt with what is generated")
     ids = ids.to(model.device)
     sampling: dict[str, Any] = {"do_sample": False}
     if temperature > 0:

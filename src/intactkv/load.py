@@ -6,7 +6,7 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from importlib import import_module
 from importlib.metadata import version
@@ -33,6 +33,7 @@ from intactkv.kv import IntactKVError
 from intactkv.lines import read_lines, read_utf8
 from intactkv.plain import warn_when_plain_
 
+_PER_TOKEN, _MARGIN = 6, 256  # characters that a token takes at first sight; tokens that a cut may change
 _ROWS = (".jsonl", ".json", ".parquet")  # files whose rows have a `text` field
 
 
@@ -202,11 +203,10 @@ def dtype_named(name: str | torch.dtype, source: str | os.PathLike[str], device:
         return found
     if device.type != "cpu":
         return "auto"
-    _check_exists(source)
-    try:
-        stored = AutoConfig.from_pretrained(source).get_text_config(decoder=True).dtype
-    except (OSError, ValueError, KeyError):  # loading says what is wrong
+    config = config_of(source)
+    if config is None:
         return "auto"
+    stored = config.get_text_config(decoder=True).dtype
     slow = stored == torch.float16 or (stored == torch.bfloat16 and not _computes_bfloat16())
     return torch.float32 if slow else "auto"
 
@@ -236,6 +236,30 @@ def read_text(path: str | os.PathLike[str]) -> str:
     if not text.strip():
         raise IntactKVError(f"{path} is empty; give a text of at least a few hundred words")
     return text
+
+
+def first_tokens(tokenizer: PreTrainedTokenizerBase, text: str, count: int | None) -> list[int]:
+    """The first `count` tokens of a text without special tokens, or all where it is None or the text has fewer.
+
+    Reads no more of the text than it takes: what follows a cut can change the last few tokens before it, and so
+    `_MARGIN` more are asked for and left out.
+    """
+    characters = len(text) if count is None else _PER_TOKEN * (count + _MARGIN)
+    while characters < len(text):
+        ids = tokenizer(text[:characters], add_special_tokens=False, verbose=False).input_ids
+        if count is not None and len(ids) >= count + _MARGIN:
+            return ids[:count]
+        characters *= 2
+    return tokenizer(text, add_special_tokens=False, verbose=False).input_ids[:count]
+
+
+def config_of(source: str | os.PathLike[str]) -> PreTrainedConfig | None:
+    """The configuration of a folder or hub name, without the model; None where loading will say what is wrong."""
+    _check_exists(source)
+    try:
+        return AutoConfig.from_pretrained(source)
+    except (OSError, ValueError, KeyError):
+        return None
 
 
 def _texts(path: Path) -> list[str]:
@@ -269,10 +293,10 @@ def _texts(path: Path) -> list[str]:
     return [text for text in texts if isinstance(text, str)]
 
 
-def checkpoint_digest(source: str | os.PathLike[str]) -> str:
+def checkpoint_digest(source: str | os.PathLike[str], *, progress: Callable[[int, int], None] | None = None) -> str:
     """SHA-256 over the configuration and the weight files of a folder or hub name, without loading the model.
 
-    Raises `IntactKVError` where there are none.
+    `progress(done, total)` counts bytes. Raises `IntactKVError` where there are none.
     """
     _check_exists(source)
     try:
@@ -283,12 +307,15 @@ def checkpoint_digest(source: str | os.PathLike[str]) -> str:
             raise IntactKVError(
                 f"{source} holds no weights (*.safetensors or *.bin); give a model's folder or Hub name"
             )
-        sha = hashlib.sha256()
+        sha, done, total = hashlib.sha256(), 0, sum(file.stat().st_size for file in files)
         for path in (folder / "config.json", *files):
             sha.update(f"\n{path.name} {path.stat().st_size}\n".encode())
             with path.open("rb") as file:
                 while chunk := file.read(2**24):
                     sha.update(chunk)
+                    done += len(chunk)
+                    if progress is not None:
+                        progress(min(done, total), total)
     except (OSError, ValueError) as error:
         if isinstance(error, IntactKVError):
             raise

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from intactkv.evaluate.windows import prefixed_windows
 from intactkv.kv import IntactKVError
-from intactkv.load import read_text
+from intactkv.load import first_tokens, read_text
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,7 +108,7 @@ def text_samples(
 
     The first `count` pieces. Raises `IntactKVError` where the text does not give one.
     """
-    tokens = tokenizer(read_text(path), add_special_tokens=False, verbose=False).input_ids
+    tokens = first_tokens(tokenizer, read_text(path), count * length)
     ids = prefixed_windows(tokens, prefix=prefix, window=length).ids[:count]
     learned = torch.arange(length) >= len(prefix)
     return Samples(tuple(Sample(row.clone(), learned) for row in ids), source=str(path))

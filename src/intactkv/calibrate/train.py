@@ -34,6 +34,7 @@ from intactkv.calibrate.step import Settings, backward_, order, step_, with_tens
 from intactkv.calibrate.targets import Live, Spool, Targets
 from intactkv.files import json_data
 from intactkv.kv import IntactKV, IntactKVError, weights_digest
+from intactkv.positions import check_positions
 
 _SAVE_SECONDS = 30.0
 _SAME = 0.02  # of the logits' spread; rounding to bfloat16 stays below, dropout of 0.1 is far above
@@ -116,6 +117,7 @@ def _check(kv: IntactKV, model: PreTrainedModel, data: Split, settings: Settings
                     f"sample {i} of {part.source} does not begin with the {len(prefix)} prefix tokens, so the intact "
                     "KV does nothing for it; make samples with prefix=kv.ids"
                 )
+            check_positions(model.config, len(row.ids), f"sample {i} of {part.source}")
             if int(row.ids.min()) < 0 or int(row.ids.max()) >= vocab:
                 raise IntactKVError(f"sample {i} of {part.source} has ids outside the vocabulary of {vocab}")
             if not bool(batched([row], prefix=prefix).predicting.any()):

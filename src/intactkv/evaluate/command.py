@@ -18,10 +18,20 @@ from intactkv.evaluate.markdown import append_rows, header, row
 from intactkv.evaluate.stored import Store
 from intactkv.evaluate.windows import Windows, paper_windows, prefixed_windows
 from intactkv.kv import IntactKV, IntactKVError
-from intactkv.load import checkpoint_digest, device_named, dtype_named, load_model_on, load_tokenizer, read_text
+from intactkv.load import (
+    checkpoint_digest,
+    config_of,
+    device_named,
+    dtype_named,
+    first_tokens,
+    load_model_on,
+    load_tokenizer,
+    read_text,
+)
 from intactkv.plain import made_for_prefix
+from intactkv.positions import check_positions
 from intactkv.report import arms_table, sentences, write_json
-from intactkv.screen import working
+from intactkv.screen import Show, working
 
 
 @dataclass(frozen=True)
@@ -82,8 +92,8 @@ def run(
     windows = _windows(quantized, full, protocol)
     bare = any(q.made_for for q in quantized) if protocol.bare is None else protocol.bare
     protocol = replace(protocol, bare=bare)
-    with console.status("reading checkpoints"):
-        digests = {source: checkpoint_digest(source) for source in (full, *models)}
+    needed = (full, *models) if cache is not None or outputs.json is not None else ()
+    digests = _digests(needed, console)
     with working(console, "measuring") as show:
         traces = None
         if cache is None:
@@ -97,13 +107,13 @@ def run(
     console.print(arms_table(figures, title=title))
     for sentence in (*_about_cache(figures), *_about_prefix(quantized), *sentences(evaluation)):
         console.print(sentence, highlight=False)
-    about = {
-        "models": {q.name: _about(q, digests) for q in quantized},
-        "full": {"source": full, "checkpoint": digests[full]},
-        "options": {**asdict(protocol), "data": str(protocol.data)},
-        "text": sha256(protocol.data.read_bytes()).hexdigest(),
-    }
     if outputs.json is not None:
+        about = {
+            "models": {q.name: _about(q, digests) for q in quantized},
+            "full": {"source": full, "checkpoint": digests[full]},
+            "options": {**asdict(protocol), "data": str(protocol.data)},
+            "text": sha256(protocol.data.read_bytes()).hexdigest(),
+        }
         write_json(outputs.json, {**about, **figures})
     if outputs.markdown is not None:
         rows = []
@@ -115,6 +125,19 @@ def run(
             console.print("\n".join((*header(), *rows)), markup=False, highlight=False, soft_wrap=True)
         else:
             append_rows(Path(outputs.markdown), rows)
+
+
+def _digests(sources: Sequence[str], console: Console) -> dict[str, str]:
+    """The digest of each checkpoint's files, which takes a while for large ones."""
+    found = {}
+    for source in sources:
+        with working(console, f"reading {source}, MiB") as show:
+            found[source] = checkpoint_digest(source, progress=partial(_in_mib, show))
+    return found
+
+
+def _in_mib(show: Show, done: int, total: int) -> None:
+    show(done >> 20, total >> 20)
 
 
 def _quantized(models: Sequence[str], kvs: Sequence[Path]) -> list[Quantized]:
@@ -134,7 +157,9 @@ def _quantized(models: Sequence[str], kvs: Sequence[Path]) -> list[Quantized]:
 
 
 def _windows(quantized: Sequence[Quantized], full: str, protocol: Protocol) -> Windows:
-    tokenizer, text = load_tokenizer(full), read_text(protocol.data)
+    config, tokenizer, text = config_of(full), load_tokenizer(full), read_text(protocol.data)
+    if config is not None:
+        check_positions(config, protocol.window, "a window")
     first = quantized[0]
     for q in quantized:
         check_tokenizer(q.kv, tokenizer, full)
@@ -143,7 +168,7 @@ def _windows(quantized: Sequence[Quantized], full: str, protocol: Protocol) -> W
                 f"{q.file} keeps another prefix than {first.file}; models are compared on windows that begin with one "
                 "prefix: capture the same, or compare them one by one"
             )
-    tokens = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    tokens = first_tokens(tokenizer, text, None if protocol.windows is None else protocol.windows * protocol.window)
     if protocol.paper:
         if len(first.kv) != 1:
             raise IntactKVError(

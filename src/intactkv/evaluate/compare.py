@@ -28,6 +28,7 @@ from intactkv.evaluate.metrics import (
 )
 from intactkv.evaluate.windows import Windows
 from intactkv.kv import IntactKV, IntactKVError
+from intactkv.positions import check_positions
 
 FULL = ("full", "full bare")
 
@@ -338,6 +339,7 @@ def check_arm(arm: Arm, windows: Windows) -> None:
             f"the windows hold ids from {smallest} to {largest}, outside the vocabulary of {vocab} of arm "
             f"{arm.name!r}; tokenize with this model's tokenizer"
         )
+    check_positions(arm.model.config, windows.ids.shape[1], f"a window of arm {arm.name!r}")
     if arm.model.training:
         raise IntactKVError(f"the model of arm {arm.name!r} is in training mode; call model.eval() first")
     if is_attached(arm.model):

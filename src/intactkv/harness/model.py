@@ -24,6 +24,7 @@ from intactkv.capturing import tokenizer_digest
 from intactkv.error import IntactKVError
 from intactkv.kv import IntactKV, weights_digest
 from intactkv.load import load_model_on, load_tokenizer
+from intactkv.positions import check_positions
 from intactkv.prefix import bos
 
 _HEEDED = (  # HFLM's arguments that it looks at where the model is loaded already
@@ -87,6 +88,7 @@ class IntactLM(HFLM):
         self.prefix: list[int] = bos(tokenizer) if artifact is None else artifact.ids.tolist()
         self._bos = tokenizer.bos_token_id
         super().__init__(pretrained=model, tokenizer=tokenizer, **options)
+        check_positions(model.config, self.max_length, "max_length")
         if len(self.prefix) >= self.max_length:
             raise IntactKVError(
                 f"the prefix has {len(self.prefix)} tokens and max_length is {self.max_length}; raise max_length"

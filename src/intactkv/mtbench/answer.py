@@ -21,6 +21,7 @@ from intactkv.kv import IntactKV, IntactKVError
 from intactkv.mtbench.chat import prompt_ids, turn_end
 from intactkv.mtbench.questions import Question
 from intactkv.mtbench.sampling import SampleByRow, row_generator
+from intactkv.positions import most_positions
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Answerer:
 
     def check(self, questions: Sequence[Question]) -> None:
         """Raise `IntactKVError` where a question and its answers do not fit the model's positions."""
-        limit = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        limit = most_positions(self.model.config)
         fits: dict[int | str, int] = {}
         for question in questions:
             blank = [""] * (len(question.turns) - 1)
@@ -86,7 +87,7 @@ class Answerer:
         return said
 
     def _generate(self, questions: Sequence[Question], prompts: Sequence[list[int]], turn: int) -> list[str]:
-        limit = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        limit = most_positions(self.model.config)
         longest = max(len(prompt) for prompt in prompts)
         if limit is not None and longest + self.settings.max_new_tokens > limit:
             raise IntactKVError(

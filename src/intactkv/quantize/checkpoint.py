@@ -35,8 +35,9 @@ from intactkv.capturing import capture, checked_ids, refuse_quantized
 from intactkv.evaluate.windows import prefixed_windows
 from intactkv.files import check_folder, json_data
 from intactkv.kv import IntactKV, IntactKVError, weights_digest
-from intactkv.load import load_with_losses
+from intactkv.load import first_tokens, load_with_losses
 from intactkv.plain import PREFIX_KV, RECIPE
+from intactkv.positions import check_positions, most_positions
 from intactkv.quantize.aware import PrefixAware
 from intactkv.quantize.compress import compress_
 from intactkv.quantize.made_for import MadeFor, check_weight
@@ -170,11 +171,12 @@ def _windows(
     if isinstance(calibration, str):
         if tokenizer is None:
             raise IntactKVError("calibration is text, but the model has no tokenizer beside it; give token windows")
-        tokens = tokenizer(calibration, add_special_tokens=False, verbose=False).input_ids
         start = [tokenizer.bos_token_id] if prefix is None else prefix.tolist()
-        start = tokens[:1] if start == [None] else start
-        longest = getattr(config, "max_position_embeddings", None) or _WINDOW
-        window = min(max(_WINDOW, len(start) + _WINDOW // 2), longest, len(tokens) + len(start))
+        start = first_tokens(tokenizer, calibration, 1) if start == [None] else start
+        longest = most_positions(full.config) or _WINDOW
+        window = min(max(_WINDOW, len(start) + _WINDOW // 2), longest)
+        tokens = first_tokens(tokenizer, calibration, 2 * _WINDOWS * window)  # as many again are held out
+        window = min(window, len(tokens) + len(start))
         windows = prefixed_windows(tokens, prefix=start, window=window).ids
         return windows[:_WINDOWS], windows[_WINDOWS:] if len(windows) > _WINDOWS else windows
     windows = torch.as_tensor(calibration).cpu()
@@ -188,6 +190,7 @@ def _windows(
             f"calibration holds ids from {int(windows.min())} to {int(windows.max())}, outside the vocabulary of "
             f"{config.vocab_size}; tokenize with this model's tokenizer"
         )
+    check_positions(full.config, windows.shape[1], "a calibration window")
     return windows, windows
 
 

@@ -1,0 +1,40 @@
+"""How many positions a model knows. Beyond them learned ones fail and rotary ones go wrong without a word."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from transformers import PreTrainedConfig
+
+from intactkv.error import IntactKVError
+
+_BY_FACTOR = ("linear", "dynamic", "yarn")  # rotary scalings whose factor stretches what the model was trained on
+
+
+def most_positions(config: PreTrainedConfig) -> int | None:
+    """The longest sequence that the model was made for; None where nothing bounds it (ALiBi) or the config is silent.
+
+    `max_position_embeddings` is the scaled length by convention in some RoPE scalings, and the trained one in others:
+    the larger of it and of what the scaling's factor makes of the trained length is taken.
+    """
+    decoder = config.get_text_config(decoder=True)
+    limit = getattr(decoder, "max_position_embeddings", None)
+    if not isinstance(limit, int) or limit < 1 or getattr(decoder, "alibi", False):
+        return None
+    rope = getattr(decoder, "rope_parameters", None) or {}
+    kinds = [part for part in rope.values() if isinstance(part, Mapping)] or [rope]  # one for each kind of layer
+    for kind in kinds:
+        if kind.get("rope_type") in _BY_FACTOR:
+            trained = kind.get("original_max_position_embeddings") or decoder.max_position_embeddings
+            limit = max(limit, int(trained * float(kind.get("factor") or 1)))
+    return limit
+
+
+def check_positions(config: PreTrainedConfig, count: int, what: str) -> None:
+    """Raise `IntactKVError` where `count` tokens, which `what` names, are more than the model has positions for."""
+    limit = most_positions(config)
+    if limit is not None and count > limit:
+        raise IntactKVError(
+            f"{what} takes {count} positions, but {config.model_type} has {limit} (max_position_embeddings and RoPE "
+            "scaling): beyond them its output is wrong or fails; use fewer tokens, or a model made for more"
+        )
