@@ -41,7 +41,7 @@ def test_a_row_that_shares_m_prefix_tokens_gets_m_intact_rows(pair: Any) -> None
     ids = prompts(rows=4)
     for shared in range(4):
         ids[shared, shared:P] = 90 - shared  # row m agrees in its first m tokens
-    with attach(model, kv):
+    with attach(model, kv), pytest.warns(UserWarning, match=f"row 1 agrees with only 1 of the {P} prefix tokens"):
         logits = model(ids).logits
     for shared in range(4):
         if shared == 0:
@@ -68,6 +68,21 @@ def test_rows_without_the_prefix_are_the_plain_model_bit_for_bit_and_warn_once(p
             first = model(ids).logits
         assert torch.equal(first, model(ids, use_cache=False).logits)  # pytest turns a second warning into an error
     assert torch.equal(first, model(ids).logits)
+
+
+@torch.no_grad()
+def test_rows_that_leave_the_prefix_are_told_of_in_any_padding_and_short_ones_are_not(pair: Any) -> None:
+    model, kv = pair
+    ids = prompts()[:1]
+    with attach(model, kv):  # a prompt that ends inside the prefix may go on in it
+        model(ids[:, : P - 1])
+    ids[0, P - 1] = 90
+    padded = torch.cat([torch.zeros(1, 2, dtype=torch.int64), ids], 1)
+    mask = torch.ones_like(padded)
+    mask[:, :2] = 0
+    for arguments in ({"input_ids": ids}, {"input_ids": padded, "attention_mask": mask}):
+        with attach(model, kv), pytest.warns(UserWarning, match=f"row 0 agrees with only {P - 1} of the {P} prefix"):
+            model(**arguments)
 
 
 @torch.no_grad()
@@ -202,9 +217,10 @@ def test_rows_reordered_inside_the_prefix_are_told_by_what_the_cache_holds(pair:
     ids = prompts()[:2]
     ids[1, 1] = 40  # row 1 shares one token only
     with attach(model, kv):
-        want = model(ids).logits
+        with pytest.warns(UserWarning, match=f"row 1 agrees with only 1 of the {P} prefix tokens"):
+            want = model(ids).logits
         cache = DynamicCache(config=model.config)
-        model(ids[:, :2], past_key_values=cache)
+        model(ids[:, :2], past_key_values=cache)  # once is enough
         cache.reorder_cache(torch.tensor([1, 0]))
         swapped = [model(ids[[1, 0], t : t + 1], past_key_values=cache).logits for t in range(2, 8)]
     assert differ(torch.cat(swapped, 1), want[[1, 0], 2:8]) <= TOLERANCE

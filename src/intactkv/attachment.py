@@ -255,7 +255,8 @@ class Attachment:
         if progress.until == NEVER and bool(real.any(1).all()):
             offset = torch.where(first, torch.arange(past, past + length, device=ids.device) - positions, -NEVER)
             progress.until = int(offset.max()) + len(prefix)
-            self._warn_once(past, len(row))
+            if past == 0:
+                self._warn_once(progress.matched, real.sum(1))
         progress.done = past + length >= progress.until
         padded = padded and bool((progress.matched > 0).any())
         return plan(Sites(row, col, positions[row, col]), bool(restarts.any()))
@@ -284,7 +285,8 @@ class Attachment:
             self._refuse_position(ids.shape[1] - 1)
         progress.until, progress.padded = len(prefix), False
         progress.done = ids.shape[1] >= len(prefix)
-        self._warn_once(0, len(sites))
+        if not all_agree:
+            self._warn_once(progress.matched, torch.tensor(ids.shape[1]))
         return _Plan(sites, None, False, ids.shape[1])
 
     def _whole_sites(self, batch: int, count: int, device: torch.device) -> tuple[Sites, Tensor]:
@@ -381,14 +383,26 @@ class Attachment:
                 f"position {self._rope_limit} on; shorten the input"
             )
 
-    def _warn_once(self, past: int, found: int) -> None:
-        if past == 0 and found == 0 and not self._warned:
-            self._warned = True
-            warnings.warn(
+    def _warn_once(self, matched: Tensor, lengths: Tensor) -> None:
+        """Say of rows that do not begin with the prefix, or leave it half-way, that little or nothing is intact."""
+        if self._warned:
+            return
+        left = (matched > 0) & (matched < lengths.to(matched.device).clamp(max=len(self.kv)))
+        if not bool(matched.any()):
+            sentence = (
                 f"no row begins with the prefix {self.kv.ids[:8].tolist()}: the intact KV has no effect on this call "
-                "(does the tokenizer add the BOS token?)",
-                stacklevel=2,
+                "(does the tokenizer add the BOS token?)"
             )
+        elif bool(left.any()):
+            row = int(left.nonzero()[0])
+            sentence = (
+                f"row {row} agrees with only {int(matched[row])} of the {len(self.kv)} prefix tokens, and only these "
+                "are intact (another system prompt, or [BOS] twice?); capture the prefix that these prompts begin with"
+            )
+        else:
+            return
+        self._warned = True
+        warnings.warn(sentence, stacklevel=2)
 
     def _after(self, model: PreTrainedModel, args: Any, kwargs: Any, output: Any) -> Any:
         """The forward hook, also called when the forward raised: leave nothing on the cache, then audit."""

@@ -6,8 +6,9 @@ question's randomness is its own; so a run that was stopped ends with the answer
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -118,8 +119,12 @@ class Answerer:
         text = str(self.tokenizer.decode(row[:length], skip_special_tokens=True))
         return (text.partition(stop)[0] if stop else text).strip()
 
-    def _intact(self) -> Any:
-        return nullcontext() if self.kv is None else attach(self.model, self.kv)
+    @contextmanager
+    def _intact(self) -> Iterator[None]:
+        """The KV attached, if there is one; `shared` counts what `attach` would warn of."""
+        with nullcontext() if self.kv is None else attach(self.model, self.kv), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=r"row \d+ agrees with only")
+            yield
 
 
 def check_prefix(
