@@ -441,6 +441,13 @@ def test_the_checkpoint_of_another_run_and_rubbish_are_refused(trio: Any, tmp_pa
     state = tmp_path / "state"
     short = replace(QUICK, steps=4)
     calibrate(kv, model, full, data(), settings=short, checkpoint=state)
+    elsewhere = data()  # the same samples of the same file, and the same model, by other spellings of their paths
+    spelled = Split(*(replace(part, source=f"./{part.source}") for part in vars(elsewhere).values()))
+    named, model.config.name_or_path = model.config.name_or_path, "another/spelling"
+    steps: list[int] = []
+    calibrate(kv, model, full, spelled, settings=short, checkpoint=state, progress=lambda r: steps.append(r.step))
+    model.config.name_or_path = named
+    assert 1 not in steps, "it began anew"
     for other in (replace(short, seed=1), replace(short, learning_rate=0.02)):
         with pytest.raises(IntactKVError, match="of another calibration"):
             calibrate(kv, model, full, data(), settings=other, checkpoint=state)

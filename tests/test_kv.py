@@ -129,7 +129,7 @@ def test_any_json_provenance_survives(provenance: dict[str, Any], tmp_path: Path
 
 @pytest.mark.parametrize("value", [{1, 2}, torch.tensor(1.0), b"x", {(1, 2): 3}])
 def test_provenance_that_is_no_json_is_refused(value: Any, tmp_path: Path) -> None:
-    with pytest.raises(IntactKVError, match=r"is no JSON data .*; keep only text, numbers"):
+    with pytest.raises(IntactKVError, match=r"is no JSON data .*; keep only text, finite numbers"):
         toy(provenance={"gain": value}).save(tmp_path / "kv")
     assert os.listdir(tmp_path) == []
 
@@ -774,3 +774,21 @@ def test_a_filled_cache_has_the_door_of_the_basis(small: Any) -> None:
     with pytest.raises(IntactKVError, match="another basis or model"):
         kv.cache(foreign)
     assert kv.cache(foreign, check=False).get_seq_length() == len(kv)
+
+
+def test_the_digest_is_hashed_once_and_again_after_a_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    kv, hashed = toy(), []
+    real = intactkv.kv.content_digest
+    monkeypatch.setattr(intactkv.kv, "content_digest", lambda *given: hashed.append(1) or real(*given))
+    first = kv.digest
+    assert [kv.digest, kv.digest] == [first, first]
+    assert len(hashed) == 1
+    kv.layers[min(kv.layers)][1].view(torch.uint8)[0, 0, 0] ^= 1  # through a view, as anybody may
+    assert kv.digest != first
+    assert len(hashed) == 2
+    kv.layers[min(kv.layers)][1].view(torch.uint8)[0, 0, 0] ^= 1
+    assert kv.digest == first
+    assert copy.deepcopy(kv).digest == first
+    with torch.inference_mode():
+        clone = kv.to()
+    assert [clone.digest, clone.digest] == [first, first]

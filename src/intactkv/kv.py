@@ -97,8 +97,19 @@ class IntactKV:
 
     @property
     def digest(self) -> str:
-        """SHA-256 over ids, keys, values and logits: what tells one artifact from another."""
-        return content_digest({}, {name: t.detach().cpu() for name, t in self.tensors.items()})
+        """SHA-256 over ids, keys, values and logits: what tells one artifact from another.
+
+        Hashed once, and again only after torch has changed a tensor in place, as its version counter says.
+        """
+        tensors = self.tensors
+        state = None
+        if not any(t.is_inference() for t in tensors.values()):  # these keep no counter
+            state = [(name, t.data_ptr(), t._version) for name, t in tensors.items()]
+        known, digest = vars(self).get("_digest", (None, ""))
+        if state is None or known != state:
+            digest = content_digest({}, {name: t.detach().cpu() for name, t in tensors.items()})
+            object.__setattr__(self, "_digest", (state, digest))
+        return digest
 
     @property
     def tensors(self) -> dict[str, Tensor]:

@@ -78,7 +78,7 @@ def calibrate(
     targets: Targets = full if isinstance(full, Spool) else Live(full, kv.ids.cpu())
     _check(kv, model, data, settings)
     identity = _identity(kv, model, targets, data, settings)
-    job = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    job = _job(identity)
     state = _start(kv, model, settings)
     if checkpoint is not None and checkpoint.exists():
         load_state_(state, checkpoint, job=job)
@@ -144,6 +144,13 @@ def _identity(kv: IntactKV, model: PreTrainedModel, targets: Targets, data: Spli
         "full_weights": targets.weights,
     }
     return json_data(found)
+
+
+def _job(identity: Any) -> str:
+    """The digest of what decides the result: not of names, since one file or folder can be spelled in many ways."""
+    data = {name: {**part, "source": None} for name, part in identity["data"].items()}
+    named = {**identity, "data": data, "model": {**identity["model"], "name": None}}
+    return hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()
 
 
 def _start(kv: IntactKV, model: PreTrainedModel, settings: Settings) -> State:
