@@ -113,7 +113,13 @@ def test_views_shared_memory_and_gradients_are_saved_by_value(tmp_path: Path) ->
     assert all(not t.requires_grad for t in loaded.tensors.values())
 
 
-plain = st.none() | st.booleans() | st.integers(-(2**60), 2**60) | st.floats(allow_nan=False) | st.text(max_size=5)
+plain = (
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**60), 2**60)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=5)
+)
 keys = st.text(max_size=4)
 nested = st.recursive(
     plain, lambda x: st.lists(x, max_size=3) | st.dictionaries(keys, x, max_size=3) | st.tuples(x), max_leaves=8

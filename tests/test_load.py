@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import HfApi
 from models import build, by_name
 from safetensors.torch import load_file, save_file
 
 from intactkv import IntactKVError
-from intactkv.load import device_named, dtype_named, load_model, load_model_on
+from intactkv.load import device_named, dtype_named, load_model, load_model_on, load_tokenizer
 
 CPU, CARD = torch.device("cpu"), torch.device("cuda:0")
 
@@ -76,3 +77,25 @@ def test_weights_packed_by_another_version_are_refused(tmp_path: Path) -> None:
     (tmp_path / "w3" / "config.json").write_text(json.dumps(config))
     with pytest.raises(IntactKVError, match=r"by compressed-tensors 0\.17\.1: rows of .* take \d+ integers, where"):
         load_model(tmp_path / "w3")
+
+
+def test_a_mistyped_name_is_told_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def model_info(self: object, name: str, **settings: object) -> None:
+        asked.append((name, settings))
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(HfApi, "model_info", model_info)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "smollm2-w3").mkdir()
+    for load in (load_model, load_tokenizer):
+        with pytest.raises(IntactKVError, match=r"smolm2-w3 is no folder here, .*did you mean smollm2-w3\?"):
+            load("smolm2-w3")
+    assert asked == [("smolm2-w3", {"timeout": 5})], "once, and not for long"
+    with pytest.raises(IntactKVError, match=r"\./smolm2-w3 is not a folder; did you mean smollm2-w3\?"):
+        load_model("./smolm2-w3")
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    with pytest.raises(IntactKVError, match=r"model\.gguf is a file, and a model is a folder here; of a GGUF"):
+        load_model("model.gguf")
+    assert len(asked) == 1

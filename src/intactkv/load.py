@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import io
 import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
+from functools import cache
 from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -15,7 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
+from httpx import HTTPError
+from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import (
@@ -352,11 +356,38 @@ def _quiet() -> Iterator[None]:
 
 
 def _check_exists(source: str | os.PathLike[str]) -> None:
-    """Tell a mistyped folder from a hub name before transformers asks the network for it."""
+    """Tell a mistyped name at once: transformers asks the network for it, again and again, and then says little."""
     text = os.fspath(source)
+    if Path(text).is_dir():
+        return
+    if Path(text).is_file():
+        raise IntactKVError(
+            f"{text} is a file, and a model is a folder here; of a GGUF, save what transformers makes of it "
+            "(from_pretrained(folder, gguf_file=…)) with its tokenizer into one"
+        )
     looks_like_a_path = text.startswith((".", "~", os.sep)) or text.count("/") > 1 or isinstance(source, Path)
-    if looks_like_a_path and not Path(text).is_dir():
-        raise IntactKVError(f"{text} is not a folder; give a model's folder or its name on the Hub")
+    here = Path(text).parent if Path(text).parent.is_dir() else Path()
+    near = difflib.get_close_matches(Path(text).name, [p.name for p in here.iterdir() if p.is_dir()], n=1)
+    meant = f"did you mean {here / near[0]}?" if near else "give a model's folder or its name on the Hub"
+    if looks_like_a_path:
+        raise IntactKVError(f"{text} is not a folder; {meant}")
+    if _on_the_hub(text):
+        return
+    raise IntactKVError(
+        f"{text} is neither a folder here nor a model in the Hub's cache, nor found on the Hub; {meant}"
+    )
+
+
+@cache
+def _on_the_hub(name: str) -> bool:
+    """Whether the Hub's cache holds a model of this name, or else the Hub, asked once and for a few seconds."""
+    try:
+        if isinstance(try_to_load_from_cache(name, "config.json"), str):
+            return True
+        HfApi().model_info(name, timeout=5)
+    except (OSError, ValueError, HfHubHTTPError, HTTPError):  # no such name, none to be seen, or no Hub to be reached
+        return False
+    return True
 
 
 def _first_line(error: BaseException) -> str:
