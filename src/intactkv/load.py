@@ -373,9 +373,7 @@ def _check_exists(source: str | os.PathLike[str]) -> None:
         raise IntactKVError(f"{text} is not a folder; {meant}")
     if _on_the_hub(text):
         return
-    raise IntactKVError(
-        f"{text} is neither a folder here nor a model in the Hub's cache, nor found on the Hub; {meant}"
-    )
+    raise IntactKVError(f"{text} is no folder here, is not in the Hub's cache, and was not found on the Hub; {meant}")
 
 
 @cache
