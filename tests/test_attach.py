@@ -16,7 +16,8 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import DynamicCache, PreTrainedModel, QuantizedCache, StaticCache
 
-from intactkv import IntactKV, IntactKVError, attach, capture
+from intactkv import IntactKV, IntactKVError, attach, capture, detach
+from intactkv.attachment import is_attached
 
 P, TOLERANCE = len(PREFIX), 1e-5
 
@@ -710,6 +711,38 @@ def test_calls_that_cannot_be_right_are_refused(pair: Any) -> None:
             with pytest.raises(IntactKVError, match=message):
                 model(**call)
         assert differ(model(ids, attention_mask=mask).logits[0, P:], want) <= TOLERANCE
+
+
+@torch.no_grad()
+def test_padding_with_bos_hides_nothing_where_prompts_have_none() -> None:
+    """bos = eos = pad, as GPT-2 has it, whose tokenizer puts no [BOS] before a text."""
+    full = build(by_name("llama-gqa"))
+    kv = capture(full, PREFIX[:1])
+    ids, mask, _ = padded([row[1:] for row in rows()], "left")
+    ids[mask == 0] = PREFIX[0]
+    want = full(ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)).logits
+    with attach(full, kv), pytest.warns(UserWarning, match="no row begins with the prefix"):
+        logits = full(ids, attention_mask=mask).logits
+    assert differ(logits[mask.bool()], want[mask.bool()]) <= TOLERANCE
+
+
+def test_detach_needs_no_handle(pair: Any) -> None:
+    model, kv = pair
+    attach(model, kv)
+    detach(model)
+    assert not is_attached(model)
+    detach(model)
+    with attach(model, kv):
+        detach(model)
+    attach(model, kv).remove()
+
+
+def test_resized_embeddings_are_told_their_remedy(pair: Any) -> None:
+    model, kv = pair
+    larger = copy.deepcopy(model)
+    larger.resize_token_embeddings(VOCAB + 3)
+    with pytest.raises(IntactKVError, match=rf"vocab_size={VOCAB}, .*resize_token_embeddings\({VOCAB + 3}\)"):
+        attach(larger, kv)
 
 
 @torch.no_grad()

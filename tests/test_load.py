@@ -99,3 +99,16 @@ def test_a_mistyped_name_is_told_at_once(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(IntactKVError, match=r"model\.gguf is a file, and a model is a folder here; of a GGUF"):
         load_model("model.gguf")
     assert len(asked) == 1
+
+
+def test_a_bias_of_zeros_is_nothing_lost_and_any_other_is(tmp_path: Path) -> None:
+    model = build(by_name("llama-gqa"))
+    model.save_pretrained(tmp_path)
+    file, name = tmp_path / "model.safetensors", "model.layers.0.self_attn.q_proj.bias"
+    tensors = load_file(file)
+    save_file({**tensors, name: torch.zeros(64)}, file, metadata={"format": "pt"})
+    ids = torch.arange(8, 20)[None]
+    assert torch.equal(load_model(tmp_path)(ids).logits, model(ids).logits)
+    save_file({**tensors, name: torch.full((64,), 1e-3)}, file, metadata={"format": "pt"})
+    with pytest.raises(IntactKVError, match=f"unexpected keys such as {name}"):
+        load_model(tmp_path)

@@ -696,3 +696,9 @@ def test_vocabulary_of_prompts() -> None:
 
 
 TINY = build(by_name("llama-gqa"))
+
+
+def test_attention_maps_that_are_never_formed_are_refused() -> None:
+    model = build(by_name("llama-gqa"))
+    with read_packed(model), pytest.raises(IntactKVError, match="output_attentions=True asks for maps"):
+        model(torch.arange(8, 16)[None], output_attentions=True)

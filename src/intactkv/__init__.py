@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from intactkv.attachment import Attachment, attach
+    from intactkv.attachment import Attachment, attach, detach
     from intactkv.capturing import capture
     from intactkv.error import IntactKVError
     from intactkv.kv import IntactKV
@@ -27,6 +27,7 @@ _HOME = {
     "bos": "prefix",
     "capture": "capturing",
     "chat_prefix": "prefix",
+    "detach": "attachment",
     "discover": "pivots",
     "read_packed": "packed.reads",
     "text_prefix": "prefix",
@@ -42,6 +43,7 @@ __all__ = [
     "bos",
     "capture",
     "chat_prefix",
+    "detach",
     "discover",
     "read_packed",
     "text_prefix",

@@ -32,7 +32,7 @@ from intactkv.masks import as_tensor, real_tokens, sees_previous, slots, token_p
 from intactkv.packed.cache import PackedLayer
 from intactkv.substitute import IntactTensors, Substitution
 
-_attached: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()
+_attached: weakref.WeakKeyDictionary[PreTrainedModel, Attachment] = weakref.WeakKeyDictionary()
 
 _ALIBI_BY_COLUMN = ("bloom", "mpt")  # take no position_ids and need none: only distances between columns count
 
@@ -64,7 +64,7 @@ def attach(model: PreTrainedModel, kv: IntactKV, *, check: bool = True) -> Attac
     if model.config.is_encoder_decoder:
         raise IntactKVError(f"{model.config.model_type} is an encoder-decoder; intact KV needs a decoder-only model")
     if is_attached(model):
-        raise IntactKVError("the model already has an intact KV attached; call .remove() on that handle first")
+        raise IntactKVError("the model already has an intact KV attached; call intactkv.detach(model) first")
     check_fingerprint(kv, model.config)
     if check:
         refuse_foreign(model, kv)
@@ -81,6 +81,13 @@ def attach(model: PreTrainedModel, kv: IntactKV, *, check: bool = True) -> Attac
 def is_attached(model: PreTrainedModel) -> bool:
     """Whether `model` has an intact KV attached now."""
     return model in _attached
+
+
+def detach(model: PreTrainedModel) -> None:
+    """Take the intact KV off `model` whoever holds the handle; nothing happens where none is attached."""
+    handle = _attached.get(model)
+    if handle is not None:
+        handle.remove()
 
 
 class Attachment:
@@ -105,7 +112,7 @@ class Attachment:
         if head is not None:
             self._hooks.append(head.register_forward_hook(self._replace_logits))
         self._model = weakref.ref(model)
-        _attached.add(model)
+        _attached[model] = self
 
     def remove(self) -> None:
         """Take the intact KV off the model; nothing is left on it."""
@@ -115,7 +122,7 @@ class Attachment:
         self._leave()
         model = self._model()
         if model is not None:
-            _attached.discard(model)
+            _attached.pop(model, None)
 
     def __enter__(self) -> Attachment:
         return self
@@ -348,7 +355,9 @@ class Attachment:
                 "position 0; let position_ids start at 0 at each row's first real token, or leave them out"
             )
         hidden = hidden_prefix(ids, prefix, real=real) & ~inside.any(1)
-        if bool(hidden.any()):
+        # A row without padding and without the prefix: prompts have none here, and what looks like it is padding.
+        without = bool(real[:, 0].any()) and not bool(inside.any())
+        if bool(hidden.any()) and not without:
             raise IntactKVError(
                 f"the attention mask hides the prefix of row {int(hidden.nonzero()[0])} (is the pad token one of its "
                 "tokens?); set the mask to 1 there, or pad with another token"

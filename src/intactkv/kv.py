@@ -263,9 +263,12 @@ def check_fingerprint(kv: IntactKV, config: PreTrainedConfig) -> None:
             )
     for name in sorted(want.keys() & have.keys()):
         if not _same(want[name], have[name]):
+            remedy = "capture one from the model's own full-precision form"
+            if name == "vocab_size":
+                remedy += f", its embeddings resized as this one's were (resize_token_embeddings({have[name]}))"
             raise IntactKVError(
                 f"this intact KV was captured from a model with {name}={want[name]!r}, the model given has "
-                f"{name}={have[name]!r}; capture one from the model's own full-precision form"
+                f"{name}={have[name]!r}; {remedy}"
             )
 
 

@@ -80,7 +80,20 @@ def load_with_losses(
         raise IntactKVError(f"{source} cannot be loaded as a causal LM: {_first_line(error)}") from error
     kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
     warn_when_plain_(model, source)
-    return model.eval(), {kind: sorted({*map(str, report[kind])} - restored) for kind in kinds}
+    losses = {kind: sorted({*map(str, report[kind])} - restored) for kind in kinds}
+    losses["unexpected_keys"] = _but_zero_biases(source, losses["unexpected_keys"])
+    return model.eval(), losses
+
+
+def _but_zero_biases(source: str | os.PathLike[str], names: list[str]) -> list[str]:
+    """The tensors that are lost where transformers drops these: not biases of zeros, which GPTQ's packers write."""
+    biases = {name for name in names if name.endswith(".bias")}
+    zero = set()
+    if biases:
+        for path in sorted(Path(_weights_folder(source)).glob("*.safetensors")):
+            with safe_open(path, framework="pt") as file:
+                zero |= {name for name in biases & set(file.keys()) if not bool(file.get_tensor(name).any())}
+    return [name for name in names if name not in zero]
 
 
 def _check_packing(source: str | os.PathLike[str]) -> None:

@@ -86,6 +86,11 @@ class PackedReads:
     @torch.compiler.disable
     def _tell(self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The forward pre-hook: nothing is left to tell once every row has begun and holds what it keeps."""
+        if kwargs.get("output_attentions") or model.config.output_attentions:
+            raise IntactKVError(
+                "output_attentions=True asks for maps that reading in blocks never forms; leave it out, or call "
+                ".remove() on the handle of read_packed first"
+            )
         cache = kwargs.get("past_key_values")
         if not isinstance(cache, PackedCache):
             return
