@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from rich.table import Table
 from safetensors.torch import load_file, save_file
 
 from intactkv import IntactKV
@@ -24,7 +23,6 @@ from intactkv.demo import MODEL, TEXT
 from intactkv.evaluate import Interval, judge
 from intactkv.load import load_model, load_tokenizer
 from intactkv.quantize import chosen
-from intactkv.screen import Screen
 
 pytest.importorskip("llmcompressor")
 
@@ -373,18 +371,3 @@ def test_calibrate_says_what_is_wrong(demo: tuple[Path, str], tmp_path: Path) ->
         assert done.returncode == 1
         assert message in done.stderr
         assert not (tmp_path / "out").exists()
-
-
-def test_nothing_is_wrapped_where_a_program_reads(tmp_path: Path) -> None:
-    """Sentences and tables alike, however long a path is."""
-    folder = tmp_path / ("long, name " * 15).strip()
-    folder.mkdir()
-    done = intactkv("capture", MODEL, "-o", folder / "kv.safetensors")
-    assert done.stdout.startswith(f"{folder / 'kv.safetensors'}: ")
-    table = Table("name")
-    table.add_row("word " * 60 + "end")
-    out = io.StringIO()
-    Screen(file=out).print(table)
-    assert "word " * 60 + "end" in out.getvalue()
-    on_terminal = Screen(file=io.StringIO(), force_terminal=True, width=40)
-    assert on_terminal.width == 40

@@ -236,6 +236,34 @@ def test_lm_evals_own_command_line(full: Any, tokenizer: Any, tmp_path: Path, ca
     assert "lambada_local" in capsys.readouterr().out
 
 
+def test_arc_in_the_hubs_own_schema_is_read_and_another_is_refused(full: Any, tokenizer: Any, tmp_path: Path) -> None:
+    ours = [{"query": f"Question: What is {n}?", "choices": ["red", "a sea", "none"], "gold": n % 3} for n in range(4)]
+    hub = [
+        {"id": str(n), "question": f"What is {n}?", "choices": {"text": ["red", "a sea", "none"], "label": labels},
+         "answerKey": labels[n % 3]}
+        for n, labels in enumerate([["A", "B", "C"], ["1", "2", "3"]] * 2)
+    ]  # fmt: skip
+    scores = []
+    for name, items in (("ours", ours), ("hub", hub)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "arc_easy.jsonl").write_text("\n".join(map(json.dumps, items)))
+        assert write_tasks(tmp_path / name, tmp_path / f"{name}-tasks") == ["arc_easy_local"]
+        manager = TaskManager(include_path=str(tmp_path / f"{name}-tasks"), include_defaults=False)
+        found = simple_evaluate(
+            make(full, tokenizer, None),
+            tasks=["arc_easy_local"],
+            task_manager=manager,
+            log_samples=True,
+            bootstrap_iters=0,
+        )
+        scores.append([(sample["resps"], sample["target"]) for sample in found["samples"]["arc_easy_local"]])
+    assert [str(one[0]) for one in scores[0]] == [str(one[0]) for one in scores[1]]
+    assert [int(one[1]) for one in scores[0]] == [int(one[1]) for one in scores[1]]
+    (tmp_path / "hub" / "boolq.jsonl").write_text('{"question": "x", "passage": "y", "answer": true}')
+    with pytest.raises(IntactKVError, match="boolq.jsonl has a row with the fields question, passage, answer"):
+        write_tasks(tmp_path / "hub", tmp_path / "tasks")
+
+
 def test_one_response_cache_serves_every_arm_its_own_answers(
     full: Any, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

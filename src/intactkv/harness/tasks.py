@@ -10,6 +10,7 @@ import yaml
 
 from intactkv.error import IntactKVError
 from intactkv.files import write_atomically
+from intactkv.lines import read_lines
 
 _CHOICES = {
     "output_type": "multiple_choice",
@@ -57,6 +58,18 @@ TASKS: dict[str, dict[str, Any]] = {
     "c4_sample_500.jsonl": {"task": "c4_local", **_ROLLING},
     "wikitext2_test_raw.txt": {"task": "wikitext_local", **_ROLLING},
 }
+# ARC as the Hub has it: `question`, `choices` of `text` and `label`, `answerKey`.
+_HUB_ARC = {
+    "doc_to_text": "Question: {{question}}\nAnswer:",
+    "doc_to_choice": "{{choices.text}}",
+    "doc_to_target": "{{choices.label.index(answerKey)}}",
+}
+_ARC_FIELDS = {"question", "choices", "answerKey"}
+_FIELDS = {
+    "lambada_openai.jsonl": {"context", "continuation"},
+    "winogrande.jsonl": {"gold", "continuation", "context_options"},
+    "c4_sample_500.jsonl": {"text"},
+}
 _MMLU = {
     "dataset_path": "csv",
     "test_split": "test",
@@ -76,7 +89,7 @@ def write_tasks(data: Path, out: Path) -> list[str]:
     For `lm_eval --include_path OUT --tasks NAMES`. MMLU is a folder `mmlu` with `dev` and `test`, a headless csv a
     subject, or `mmlu.tar.xz` of that, which is unpacked to `out`. Raises `IntactKVError` where nothing is known.
     """
-    found = {name: task for name, task in TASKS.items() if (data / name).is_file()}
+    found = {name: _fitting(data / name, task) for name, task in TASKS.items() if (data / name).is_file()}
     out.mkdir(parents=True, exist_ok=True)
     for name, task in found.items():
         _write(out / f"{task['task']}.yaml", {**_source(data / name), **task})
@@ -89,6 +102,23 @@ def write_tasks(data: Path, out: Path) -> list[str]:
             f"{data} holds none of {', '.join(TASKS)}, mmlu, mmlu.tar.xz; give a folder with some of them"
         )
     return names
+
+
+def _fitting(path: Path, task: dict[str, Any]) -> dict[str, Any]:
+    """The task for the schema that a file's rows have. Raises `IntactKVError` for one that it does not read."""
+    if path.suffix == ".txt":
+        return task
+    needed = _FIELDS.get(path.name, {"query", "choices", "gold"})
+    rows = read_lines(path, needed=())
+    other = next((row for row in rows if not needed <= row.keys()), None)
+    if rows and other is None:
+        return task
+    if path.name.startswith("arc_") and rows and all(row.keys() >= _ARC_FIELDS for row in rows):
+        return {**task, **_HUB_ARC}
+    raise IntactKVError(
+        f"{path} has {'a row with the fields ' + ', '.join(other) if other else 'no rows'}; its task reads "
+        f"{', '.join(sorted(needed))}"
+    )
 
 
 def _source(path: Path) -> dict[str, Any]:
