@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from models import build, by_name
@@ -80,3 +84,13 @@ def test_the_doctor_says_it_and_says_why_not(on_planted: Examination, monkeypatc
     found = examine(full, {"same": full}, tokens, start=1, window=64)
     assert found.forecast == []
     assert any("pip install 'intactkv[quantize]'" in sentence for sentence in found.missing)
+
+
+def test_the_forecast_brings_no_noise_of_the_quantizer(tmp_path: Path) -> None:
+    script = (
+        "import torch, intactkv\nfrom intactkv.demo import MODEL\nfrom intactkv.load import load_model\n"
+        "from intactkv.doctor.forecast import forecast\n"
+        "forecast(load_model(MODEL, dtype=torch.float32), list(range(8, 900)), [0], bits=(4,))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -260,7 +260,7 @@ def test_arc_in_the_hubs_own_schema_is_read_and_another_is_refused(full: Any, to
     assert [str(one[0]) for one in scores[0]] == [str(one[0]) for one in scores[1]]
     assert [int(one[1]) for one in scores[0]] == [int(one[1]) for one in scores[1]]
     (tmp_path / "hub" / "boolq.jsonl").write_text('{"question": "x", "passage": "y", "answer": true}')
-    with pytest.raises(IntactKVError, match="boolq.jsonl has a row with the fields question, passage, answer"):
+    with pytest.raises(IntactKVError, match=r"boolq\.jsonl has a row with the fields question, passage, answer"):
         write_tasks(tmp_path / "hub", tmp_path / "tasks")
 
 

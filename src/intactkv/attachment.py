@@ -299,13 +299,14 @@ class Attachment:
     def _whole_sites(self, batch: int, count: int, device: torch.device) -> tuple[Sites, Tensor]:
         """The first `count` columns of all rows, and that many matched for each; the last asked for is remembered."""
         place = (batch, count, device)
-        if self._last_sites is None or self._last_sites[0] != place:
+        last = self._last_sites  # read once: another thread may put its own there
+        if last is None or last[0] != place:
             with torch.inference_mode(False):
                 row = torch.arange(batch, device=device).repeat_interleave(count)
                 col = torch.arange(count, device=device).repeat(batch)
                 matched = torch.full((batch,), count, device=device)
-            self._last_sites = (place, Sites(row, col, col, count), matched)
-        return self._last_sites[1:]
+            last = self._last_sites = (place, Sites(row, col, col, count), matched)
+        return last[1:]
 
     def _matched(self, cache: Any, past: int, progress: Progress, first: Tensor, positions: Tensor) -> Tensor:
         """How many prefix tokens each row's cache holds: what the cache itself says, where it can be read.

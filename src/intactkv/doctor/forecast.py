@@ -66,6 +66,8 @@ def forecast(
     Costs two passes over at most 8 windows of 512 tokens, and a few GPTQ steps on four layers. Needs llm-compressor.
     Raises IntactKVError where no layer is a torch.nn.Linear that sees tokens in their places, or text is missing.
     """
+    from intactkv.quantize.quiet import quiet
+
     if not tokens:
         raise IntactKVError("a forecast needs some text of the kind that is calibrated on; give tokens")
     ids = prefixed_windows(tokens, prefix=prefix, window=min(WINDOW, len(prefix) + len(tokens))).ids[:WINDOWS]
@@ -76,12 +78,13 @@ def forecast(
     most = {name: linears[name] for name in sorted(shares, key=shares.__getitem__)[-LAYERS:]}
     seen = hessians(full, most, ids, len(prefix))
     found = []
-    for kind in symmetric:
-        for number in bits:
-            grid: dict[str, Any] = {"bits": number, "group_size": group_size, "symmetric": kind}
-            layers = [_counting(name, shares[name], most[name], *seen[name], grid) for name in most]
-            layers.sort(key=lambda layer: layer.left_out - layer.counted)
-            found.append(Forecast(number, kind, tuple(layers)))
+    with quiet():
+        for kind in symmetric:
+            for number in bits:
+                grid: dict[str, Any] = {"bits": number, "group_size": group_size, "symmetric": kind}
+                layers = [_counting(name, shares[name], most[name], *seen[name], grid) for name in most]
+                layers.sort(key=lambda layer: layer.left_out - layer.counted)
+                found.append(Forecast(number, kind, tuple(layers)))
     return found
 
 
