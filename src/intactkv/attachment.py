@@ -25,6 +25,7 @@ from transformers.cache_utils import DynamicLayer, EncoderDecoderCache, Quantize
 from transformers.masking_utils import create_masks_for_generate
 from transformers.utils import ModelOutput
 
+from intactkv.adapters import unlike
 from intactkv.basis import refuse_foreign
 from intactkv.kv import IntactKV, IntactKVError, check_fingerprint, uncovered_layers
 from intactkv.locate import NEVER, Progress, Sites, first_real, hidden_prefix, locate, sequence_starts
@@ -46,7 +47,8 @@ def attach(model: PreTrainedModel, kv: IntactKV, *, check: bool = True) -> Attac
     plain model. One attachment per model; one `kv` may serve many models. Compile decoding steps, not the prefill.
 
     `check` compares the model's own keys and values of the prefix with the intact ones first, in one forward of P
-    tokens, and refuses those in another basis or of another model.
+    tokens, and refuses those in another basis or of another model. Adapters
+    (PEFT's) change less than that can tell: a model with others than the KV was captured with warns.
 
     Raises `IntactKVError` for a model with another fingerprint or basis, one that already has an attachment, and
     anything that is not a decoder-only transformers model; then at each call that cannot be right (embeddings instead
@@ -68,6 +70,9 @@ def attach(model: PreTrainedModel, kv: IntactKV, *, check: bool = True) -> Attac
     check_fingerprint(kv, model.config)
     if check:
         refuse_foreign(model, kv)
+    other = unlike(list(kv.provenance.get("adapters", [])), model)
+    if other is not None:
+        warnings.warn(other, stacklevel=2)
     uncovered = uncovered_layers(kv, model.config)
     if uncovered:
         warnings.warn(

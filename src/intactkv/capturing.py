@@ -12,6 +12,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from intactkv.adapters import adapters
 from intactkv.attachment import is_attached
 from intactkv.kv import IntactKV, IntactKVError, check_finite, fingerprint, weights_digest
 from intactkv.load import load_model
@@ -144,6 +145,7 @@ def _provenance(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | Non
         "basis": "full",
         "calibration": None,
         **({} if quantized is None else {"quantized": quantized}),
+        **({"adapters": names} if (names := adapters(model)) else {}),
     }
 
 
