@@ -233,7 +233,7 @@ def test_what_cannot_be_examined_is_refused_before_any_work(tmp_path: Path) -> N
     console = Console(file=io.StringIO())
     with pytest.raises(IntactKVError, match=r"let it end in \.html"):
         run(None, tmp_path / "page.txt", console, quantized=None, data=None, window=128)
-    with pytest.raises(IntactKVError, match="a folder that exists"):
+    with pytest.raises(IntactKVError, match="does not exist; create it first"):
         run(None, tmp_path / "missing" / "page.html", console, quantized=None, data=None, window=128)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "matplotlib", None)

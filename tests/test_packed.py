@@ -207,7 +207,8 @@ def test_an_attached_artifact_stays_intact_in_the_packed_cache(side: str, packin
     rows[1][2] = 9  # shares two tokens of the prefix only
     ids, mask, _ = padded(rows, side)
     cache = PackedCache(model.config, packing)
-    with attach(model, kv), read_packed(model):
+    partly = pytest.warns(UserWarning, match="row 1 agrees with only 2 of the 3 prefix tokens")
+    with attach(model, kv), read_packed(model), partly if side == "right" else nullcontext():
         stepwise(model, ids, cache, mask)
     assert cache.rows.count is not None
     assert cache.rows.count.tolist() == [3, 2]
