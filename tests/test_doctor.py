@@ -25,6 +25,7 @@ from intactkv import IntactKVError
 from intactkv.demo import MODEL, TEXT
 from intactkv.doctor import examine, page, rounded_model
 from intactkv.doctor.examine import Examination, to_dict
+from intactkv.doctor.html import _STYLE, _verdicts
 from intactkv.doctor.run import run
 from intactkv.doctor.simulate import round_to_nearest
 from intactkv.evaluate.verdict import Verdict
@@ -59,9 +60,8 @@ def test_the_page_shows_every_verdict(
     on_planted: Examination, verdict: Verdict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Examination, "verdict", lambda found, name: verdict)
-    html = page(on_planted, title="any", name=str, made_by={})
-    assert f'class="verdict {verdict.replace(" ", "-")}"' in html
-    assert f".{verdict.replace(' ', '-')}" in html.split("</style>")[0]
+    assert f'class="verdict {verdict.replace(" ", "-")}"' in _verdicts(on_planted, str)
+    assert f".{verdict.replace(' ', '-')}" in _STYLE
 
 
 def test_the_budget_puts_all_of_the_planted_error_on_bos(on_planted: Examination) -> None:
