@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, LlamaConfig, PreTrainedConfig
 
 import intactkv.kv
+import intactkv.prefix_cache
 from intactkv import IntactKV, attach, capture
 from intactkv.kv import FORMAT_VERSION, IntactKVError, check_fingerprint, fingerprint, weights_digest
 
@@ -798,3 +799,11 @@ def test_the_digest_is_hashed_once_and_again_after_a_change(monkeypatch: pytest.
     with torch.inference_mode():
         clone = kv.to()
     assert [clone.digest, clone.digest] == [first, first]
+
+
+def test_the_door_of_a_filled_cache_is_passed_once(small: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache saves the prefix's forward: the door's own one is not made again for every prompt."""
+    full, kv = copy.deepcopy(small[0]), small[1]
+    kv.cache(full)
+    monkeypatch.setattr(intactkv.prefix_cache, "refuse_foreign", lambda *_: pytest.fail("computed again"))
+    assert kv.cache(full, 2).get_seq_length() == len(kv)

@@ -15,8 +15,11 @@ def adapters(model: PreTrainedModel) -> list[str]:
     """
     names: set[str] = set()
     for module in model.modules():
+        # Every `attach` comes by here: a class and a dictionary are asked, not the module, whose "no" is slow.
+        if "merged_adapters" not in vars(module) and not hasattr(type(module), "merged_adapters"):
+            continue
         layer: Any = module
-        if hasattr(layer, "merged_adapters") and hasattr(layer, "active_adapters"):
+        if hasattr(layer, "active_adapters"):
             names |= set(layer.merged_adapters)
             if not getattr(layer, "disable_adapters", False):
                 names |= set(layer.active_adapters)

@@ -193,6 +193,7 @@ class IntactKV:
 
         Raises `IntactKVError` where `model`'s fingerprint differs, where (unless `check` is False) its own keys and
         values are in another basis, and where it has recurrent layers, whose state keys and values do not restore.
+        The basis is compared, in a forward of P tokens, for the first cache of a model and an artifact only.
         """
         from intactkv.prefix_cache import prefix_cache
 

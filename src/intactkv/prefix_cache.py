@@ -22,6 +22,7 @@ from intactkv.kv import IntactKV, IntactKVError, check_fingerprint, uncovered_la
 from intactkv.locate import Progress
 
 _PREPARE = "prepare_inputs_for_generation"
+_alike: weakref.WeakKeyDictionary[PreTrainedModel, set[str]] = weakref.WeakKeyDictionary()  # artifacts let in before
 _alive: weakref.WeakKeyDictionary[PreTrainedModel, weakref.WeakSet[PrefixCache]] = weakref.WeakKeyDictionary()
 
 
@@ -78,8 +79,9 @@ def prefix_cache(model: PreTrainedModel, kv: IntactKV, batch_size: int = 1, *, c
             f"layers {uncovered} of {model.config.model_type} are recurrent layers or keep another state that this "
             "artifact does not hold; use attach(model, kv), which lets the model compute it"
         )
-    if check and not is_attached(model):
+    if check and not is_attached(model) and kv.digest not in (known := _alike.setdefault(model, set())):
         refuse_foreign(model, kv)
+        known.add(kv.digest)
     cache = PrefixCache(config=model.config)
     cache.prefix = kv.ids
     for i, (key, value) in kv.layers.items():
