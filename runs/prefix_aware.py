@@ -138,10 +138,9 @@ class Bench:
         self.full = load_model_on(model, device, dtype=torch.float32)
         self.at_once = 8 if self.full.config.get_text_config(decoder=True).vocab_size < 100_000 else 2  # windows
         self.calibration = data / "calib" / "wikitext2_valid_tokenised.txt"
-        rows = (data / "eval" / "c4_sample_500.jsonl").read_text(encoding="utf-8").splitlines()
         self.learned = self.encoded(read_text(self.calibration))
         self.tokens = {
-            "C4": self.encoded("\n\n".join(json.loads(row)["text"] for row in rows)),
+            "C4": self.encoded(read_text(data / "eval" / "c4_sample_500.jsonl")),
             "WikiText-2": self.encoded(read_text(data / "eval" / "wikitext2_test_raw.txt")),
             HELD_OUT: self.learned[3 * learn * WINDOW :],  # three seeds' windows come first
         }

@@ -75,6 +75,28 @@ def test_experts_that_see_no_places_are_passed_over_and_no_text_is_refused() -> 
         forecast(full, [], [1])
 
 
+@pytest.mark.parametrize("name", ["opt", "llama-gqa"])  # positions learned, and rotary
+def test_windows_are_no_longer_than_the_model_has_positions(name: str) -> None:
+    full = build(by_name(name))
+    limit, seen = full.config.max_position_embeddings, set()
+    assert limit < 512
+    full.base_model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.add(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    tokens = torch.randint(8, 97, (1200,), generator=torch.Generator().manual_seed(1)).tolist()
+    forecast(full, tokens, [1], bits=(4,), group_size=16)
+    assert seen == {limit}
+    with pytest.raises(IntactKVError, match=f"a prefix of {limit} tokens .* has {limit}"):
+        forecast(full, tokens, [1] * limit)
+
+
+def test_a_model_without_linear_layers_is_refused_before_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    full = build(by_name("gpt2"))  # its layers are Conv1D
+    monkeypatch.setattr(full.base_model, "forward", None)
+    with pytest.raises(IntactKVError, match=r"no torch\.nn\.Linear in its blocks"):
+        forecast(full, list(range(8, 90)), [1])
+
+
 def test_the_doctor_says_it_and_says_why_not(on_planted: Examination, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     assert [found.bits for found in on_planted.forecast] == [3, 4]
     assert forecast_sentence(on_planted).startswith("Forecast: ")

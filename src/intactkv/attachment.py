@@ -47,8 +47,8 @@ def attach(model: PreTrainedModel, kv: IntactKV, *, check: bool = True) -> Attac
     plain model. One attachment per model; one `kv` may serve many models. Compile decoding steps, not the prefill.
 
     `check` compares the model's own keys and values of the prefix with the intact ones first, in one forward of P
-    tokens, and refuses those in another basis or of another model. Adapters
-    (PEFT's) change less than that can tell: a model with others than the KV was captured with warns.
+    tokens, and refuses those in another basis or of another model. Adapters (PEFT's) change less than that can tell: a
+    model with others than the KV was captured with warns.
 
     Raises `IntactKVError` for a model with another fingerprint or basis, one that already has an attachment, and
     anything that is not a decoder-only transformers model; then at each call that cannot be right (embeddings instead

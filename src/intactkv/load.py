@@ -33,6 +33,7 @@ from transformers import (
 from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationMethod
 
+from intactkv.error import first_line
 from intactkv.kv import IntactKVError
 from intactkv.lines import read_lines, read_utf8
 from intactkv.plain import warn_when_plain_
@@ -77,7 +78,7 @@ def load_with_losses(
                 if report["unexpected_keys"]:
                     restored = _restore_transforms_(model, source, set(report["unexpected_keys"]))
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        raise IntactKVError(f"{source} cannot be loaded as a causal LM: {_first_line(error)}") from error
+        raise IntactKVError(f"{source} cannot be loaded as a causal LM: {first_line(error)}") from error
     kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
     warn_when_plain_(model, source)
     losses = {kind: sorted({*map(str, report[kind])} - restored) for kind in kinds}
@@ -90,9 +91,8 @@ def _but_zero_biases(source: str | os.PathLike[str], names: list[str]) -> list[s
     biases = {name for name in names if name.endswith(".bias")}
     zero = set()
     if biases:
-        for path in sorted(Path(_weights_folder(source)).glob("*.safetensors")):
-            with safe_open(path, framework="pt") as file:
-                zero |= {name for name in biases & set(file.keys()) if not bool(file.get_tensor(name).any())}
+        for file in _weight_files(source):
+            zero |= {name for name in biases & set(file.keys()) if not bool(file.get_tensor(name).any())}
     return [name for name in names if name not in zero]
 
 
@@ -111,26 +111,29 @@ def _check_packing(source: str | os.PathLike[str]) -> None:
         return
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
-    for path in sorted(Path(_weights_folder(source)).glob("*.safetensors")):
+    for file in _weight_files(source):
+        for name in file.keys():  # noqa: SIM118 (a file is no mapping)
+            if not name.endswith(".weight_packed"):
+                continue
+            width, row = file.get_slice(name).get_shape()[-1], file.get_tensor(f"{name[:-6]}shape")[-1:]
+            values = torch.zeros(1, int(row), dtype=torch.int8)
+            reads = {number: pack_to_int32(values, number).shape[-1] for number in sorted(bits)}
+            if width not in reads.values():
+                written, installed = config.get("version", "an unknown version"), version("compressed-tensors")
+                expected = " or ".join(f"{count} ({number} bits)" for number, count in reads.items())
+                raise IntactKVError(
+                    f"{source} was packed by compressed-tensors {written}: rows of {name} take {width} integers, "
+                    f"where {installed}, installed here, reads {expected} and would load other weights; install "
+                    "a version of the same side of 0.18, or quantize again"
+                )
+
+
+def _weight_files(source: str | os.PathLike[str]) -> Iterator[Any]:
+    """The safetensors files of a folder or hub name, open one after the other."""
+    folder = source if Path(source).is_dir() else snapshot_download(str(source), allow_patterns="*.safetensors")
+    for path in sorted(Path(folder).glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 (a file is no mapping)
-                if not name.endswith(".weight_packed"):
-                    continue
-                width, row = file.get_slice(name).get_shape()[-1], file.get_tensor(f"{name[:-6]}shape")[-1:]
-                values = torch.zeros(1, int(row), dtype=torch.int8)
-                reads = {number: pack_to_int32(values, number).shape[-1] for number in sorted(bits)}
-                if width not in reads.values():
-                    written, installed = config.get("version", "an unknown version"), version("compressed-tensors")
-                    expected = " or ".join(f"{count} ({number} bits)" for number, count in reads.items())
-                    raise IntactKVError(
-                        f"{source} was packed by compressed-tensors {written}: rows of {name} take {width} integers, "
-                        f"where {installed}, installed here, reads {expected} and would load other weights; install "
-                        "a version of the same side of 0.18, or quantize again"
-                    )
-
-
-def _weights_folder(source: str | os.PathLike[str]) -> str | os.PathLike[str]:
-    return source if Path(source).is_dir() else snapshot_download(str(source), allow_patterns="*.safetensors")
+            yield file
 
 
 def _let_weights_move_(model: PreTrainedModel) -> None:
@@ -164,9 +167,8 @@ def _restore_transforms_(model: PreTrainedModel, source: str | os.PathLike[str],
     apply_transform_config(model, TransformConfig.model_validate({**config, "config_groups": groups}))
     wanted = (set(model.state_dict()) - before) & unexpected
     tensors: dict[str, Tensor] = {}
-    for path in sorted(Path(_weights_folder(source)).glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            tensors |= {name: file.get_tensor(name) for name in wanted & set(file.keys())}
+    for file in _weight_files(source):
+        tensors |= {name: file.get_tensor(name) for name in wanted & set(file.keys())}
     model.load_state_dict(tensors, strict=False)
     return set(tensors)
 
@@ -185,7 +187,7 @@ def load_model_on(
         return model.to(where)
     except (RuntimeError, ValueError, AssertionError) as error:
         raise IntactKVError(
-            f"{source} cannot be put on --device {device} ({_first_line(error)}); use cpu, or one that torch sees"
+            f"{source} cannot be put on --device {device} ({first_line(error)}); use cpu, or one that torch sees"
         ) from error
 
 
@@ -201,7 +203,7 @@ def device_named(name: str) -> torch.device:
         return torch.device(name)
     except RuntimeError as error:
         raise IntactKVError(
-            f"a model cannot be put on --device {name} ({_first_line(error)}); use auto, cpu or cuda"
+            f"a model cannot be put on --device {name} ({first_line(error)}); use auto, cpu or cuda"
         ) from error
 
 
@@ -240,7 +242,7 @@ def load_tokenizer(source: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise IntactKVError(f"{source} has no tokenizer that can be loaded: {_first_line(error)}") from error
+        raise IntactKVError(f"{source} has no tokenizer that can be loaded: {first_line(error)}") from error
 
 
 def read_text(path: str | os.PathLike[str]) -> str:
@@ -290,7 +292,7 @@ def _texts(path: Path) -> list[str]:
         try:
             rows = read_table(path).to_pylist()
         except (OSError, ValueError, ArrowException) as error:
-            raise IntactKVError(f"{path} cannot be read as Parquet: {_first_line(error)}") from error
+            raise IntactKVError(f"{path} cannot be read as Parquet: {first_line(error)}") from error
     elif path.suffix == ".jsonl":
         rows = read_lines(path, needed=["text"])
     else:
@@ -324,19 +326,20 @@ def checkpoint_digest(source: str | os.PathLike[str], *, progress: Callable[[int
             raise IntactKVError(
                 f"{source} holds no weights (*.safetensors or *.bin); give a model's folder or Hub name"
             )
+        files.insert(0, folder / "config.json")
         sha, done, total = hashlib.sha256(), 0, sum(file.stat().st_size for file in files)
-        for path in (folder / "config.json", *files):
+        for path in files:
             sha.update(f"\n{path.name} {path.stat().st_size}\n".encode())
             with path.open("rb") as file:
                 while chunk := file.read(2**24):
                     sha.update(chunk)
                     done += len(chunk)
                     if progress is not None:
-                        progress(min(done, total), total)
+                        progress(done, total)
     except (OSError, ValueError) as error:
         if isinstance(error, IntactKVError):
             raise
-        raise IntactKVError(f"the weights of {source} cannot be read: {_first_line(error)}") from error
+        raise IntactKVError(f"the weights of {source} cannot be read: {first_line(error)}") from error
     return sha.hexdigest()
 
 
@@ -399,7 +402,3 @@ def _on_the_hub(name: str) -> bool:
     except (OSError, ValueError, HfHubHTTPError, HTTPError):  # no such name, none to be seen, or no Hub to be reached
         return False
     return True
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -8,9 +8,8 @@ on them alone, with the prefix counted and left out, tells what they would pay (
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
@@ -20,6 +19,10 @@ from transformers import PreTrainedModel
 from intactkv.decoder import blocks
 from intactkv.evaluate import prefixed_windows
 from intactkv.kv import IntactKVError
+from intactkv.positions import check_positions, most_positions
+
+if TYPE_CHECKING:
+    from compressed_tensors.quantization import QuantizationArgs
 
 LAYERS = 4  # those in which the prefix has the largest share of the Hessian; the others were seen to pay nothing
 GROUP_SIZE, DAMPING = 128, 0.01
@@ -63,18 +66,23 @@ def forecast(
 ) -> list[Forecast]:
     """One forecast for each number of bits and each kind of grid, from `tokens` of a calibration's text without [BOS].
 
-    Costs two passes over at most 8 windows of 512 tokens, and a few GPTQ steps on four layers. Needs llm-compressor.
-    Raises IntactKVError where no layer is a torch.nn.Linear that sees tokens in their places, or text is missing.
+    Costs two passes over at most 8 windows of 512 tokens, or of as many as the model has positions, and a few GPTQ
+    steps on four layers. Needs llm-compressor. Raises IntactKVError where no layer is a torch.nn.Linear that sees
+    tokens in their places, where text is missing, and for a prefix that leaves no position for it.
     """
     from intactkv.quantize.quiet import quiet
 
     if not tokens:
         raise IntactKVError("a forecast needs some text of the kind that is calibrated on; give tokens")
-    ids = prefixed_windows(tokens, prefix=prefix, window=min(WINDOW, len(prefix) + len(tokens))).ids[:WINDOWS]
     linears = dict(_linears(full))
+    if not linears:
+        raise IntactKVError(f"{type(full).__name__} has no torch.nn.Linear in its blocks; there is nothing to forecast")
+    check_positions(full.config, len(prefix) + 1, f"a prefix of {len(prefix)} tokens and one later token")
+    window = min(WINDOW, len(prefix) + len(tokens), most_positions(full.config) or WINDOW)
+    ids = prefixed_windows(tokens, prefix=prefix, window=window).ids[:WINDOWS]
     shares = prefix_shares(full, linears, ids[:SHARE_WINDOWS], len(prefix))
     if not shares:
-        raise IntactKVError(f"{type(full).__name__} has no torch.nn.Linear in its blocks; there is nothing to forecast")
+        raise IntactKVError(f"no torch.nn.Linear of {type(full).__name__} sees tokens in their places to forecast from")
     most = {name: linears[name] for name in sorted(shares, key=shares.__getitem__)[-LAYERS:]}
     seen = hessians(full, most, ids, len(prefix))
     found = []
@@ -127,19 +135,27 @@ def gptq_step(
     symmetric: bool = True,
 ) -> Float[Tensor, "out width"]:
     """`weight` as llm-compressor's GPTQ rounds it under this Hessian, on minmax grids, in groups that divide it."""
-    from compressed_tensors.quantization import QuantizationArgs
-    from compressed_tensors.quantization.utils import calculate_qparams
     from llmcompressor.modifiers.gptq.gptq_quantize import quantize_weight
 
-    size = next(n for n in range(min(group_size, weight.shape[1]), 0, -1) if weight.shape[1] % n == 0)
-    grid = QuantizationArgs(num_bits=bits, symmetric=symmetric, group_size=size, strategy="group", actorder="static")
-    groups = weight.reshape(len(weight), -1, size)
-    scale, zero_point = calculate_qparams(groups.amin(-1), groups.amax(-1), grid)
+    args, scale, zero_point = minmax_grid(weight, bits=bits, group_size=group_size, symmetric=symmetric)
     step: Any = quantize_weight(
         weights=weight[None].clone(), hessians=hessian[None].clone(), scale=scale[None], zero_point=zero_point[None],
-        global_scale=None, quant_args=grid, percdamp=DAMPING,
+        global_scale=None, quant_args=args, percdamp=DAMPING,
     )  # fmt: skip
     return step[0][0]
+
+
+def minmax_grid(
+    weight: Float[Tensor, "out width"], *, bits: int, group_size: int, symmetric: bool
+) -> tuple[QuantizationArgs, Float[Tensor, "out group"], Tensor]:
+    """compressed-tensors' settings, scales and zero points, in the largest groups up to `group_size` that divide."""
+    from compressed_tensors.quantization import QuantizationArgs
+    from compressed_tensors.quantization.utils import calculate_qparams
+
+    size = next(n for n in range(min(group_size, weight.shape[1]), 0, -1) if weight.shape[1] % n == 0)
+    args = QuantizationArgs(num_bits=bits, symmetric=symmetric, group_size=size, strategy="group", actorder="static")
+    groups = weight.reshape(len(weight), -1, size)
+    return args, *calculate_qparams(groups.amin(-1), groups.amax(-1), args)
 
 
 def read_error(
@@ -179,19 +195,13 @@ def _shown(
 
     Experts, which are handed tokens without their places, are passed over.
     """
-    with _watched(linears, look):
-        for window in ids.split(1):
-            full.base_model(input_ids=window.to(full.device), use_cache=False)
-
-
-@contextmanager
-def _watched(linears: Mapping[str, nn.Linear], look: Callable[[str, Tensor], None]) -> Iterator[None]:
     hooks = [
         module.register_forward_pre_hook(lambda _, args, name=name: look(name, args[0]) if args[0].ndim == 3 else None)
         for name, module in linears.items()
     ]
     try:
-        yield
+        for window in ids.split(1):
+            full.base_model(input_ids=window.to(full.device), use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()

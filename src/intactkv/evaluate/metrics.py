@@ -255,14 +255,14 @@ def _resampled_quantiles(
 
 def _chunks(*logits: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """The same tokens of all logits (token, vocab) and the labels (token), a bounded number at a time."""
-    flat = [*(x.reshape(-1, x.shape[-1]) for x in logits), labels.reshape(-1)]
-    return zip(*(x.split(tokens_at_once(logits[0])) for x in flat), strict=True)
+    return in_chunks(*(x.reshape(-1, x.shape[-1]) for x in logits), labels.reshape(-1))
 
 
-def tokens_at_once(logits: Float[Tensor, "*token vocab"]) -> int:
-    """How many tokens of these logits are worked through together."""
+def in_chunks(logits: Float[Tensor, "token vocab"], *columns: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The same tokens of the logits and of all other columns, a bounded number at a time."""
     elements = WORKING_ELEMENTS * (1 if logits.device.type == "cpu" else GPU_CHUNKS)
-    return max(1, elements // logits.shape[-1])
+    size = max(1, elements // logits.shape[-1])
+    return zip(*(column.split(size) for column in (logits, *columns)), strict=True)
 
 
 def check_labels(logits: Tensor, labels: Tensor) -> None:

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from intactkv.evaluate.metrics import TokenMetrics, check_labels, tokens_at_once
+from intactkv.evaluate.metrics import TokenMetrics, check_labels, in_chunks
 from intactkv.kv import IntactKVError
 
 OVERHEAD_BYTES = 16  # of a token beside its k: total, rest, first, nll in 4 bytes each (8 for float64 models' three)
@@ -61,8 +61,7 @@ def top(full_logits: Float[Tensor, "*token vocab"], labels: Int[Tensor, "*token"
         raise IntactKVError(f"k={k} keeps no part of the vocabulary of {vocab}; use 1 to {vocab - 1}, or keep all")
     precision = torch.promote_types(full_logits.dtype, torch.float32)
     parts = []
-    columns = full_logits.reshape(-1, vocab), labels.reshape(-1)
-    for part, label in zip(*(column.split(tokens_at_once(full_logits)) for column in columns), strict=True):
+    for part, label in in_chunks(full_logits.reshape(-1, vocab), labels.reshape(-1)):
         kept, ids = part.topk(k, dim=-1)
         log_p = part.log_softmax(-1, dtype=precision)
         others = part.to(precision).scatter(-1, ids, -torch.inf)
@@ -90,8 +89,7 @@ def top_metrics(full: Top, logits: Float[Tensor, "*token vocab"], labels: Int[Te
         )
     flat = [x.reshape(labels.numel(), *x.shape[labels.ndim :]) for x in vars(full).values()]
     parts = []
-    columns = logits.reshape(-1, vocab), labels.reshape(-1), *flat
-    for part, label, *kept in zip(*(column.split(tokens_at_once(logits)) for column in columns), strict=True):
+    for part, label, *kept in in_chunks(logits.reshape(-1, vocab), labels.reshape(-1), *flat):
         ids, full_logits, total, rest, first, full_nll = kept
         precision = torch.promote_types(torch.promote_types(part.dtype, total.dtype), torch.float32)
         log_p, log_p_rest = full_logits.to(precision) - total[:, None], rest - total

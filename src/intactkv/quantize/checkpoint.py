@@ -33,7 +33,7 @@ from transformers import (
 
 from intactkv.capturing import capture, checked_ids, refuse_quantized
 from intactkv.evaluate.windows import prefixed_windows
-from intactkv.files import check_folder, json_data
+from intactkv.files import check_folder
 from intactkv.kv import IntactKV, IntactKVError, weights_digest
 from intactkv.load import first_tokens, load_with_losses
 from intactkv.plain import PREFIX_KV, RECIPE
@@ -241,7 +241,7 @@ def _record(
         "versions": {name: installed(name) for name in ("intactkv", "llmcompressor", "compressed-tensors",
                                                        "auto-round", "transformers", "torch")},
     }  # fmt: skip
-    (checkpoint / RECIPE).write_text(json.dumps(json_data(data), indent=1) + "\n", encoding="utf-8")
+    (checkpoint / RECIPE).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
 
 
 def _loaded_back(checkpoint: Path) -> PreTrainedModel:

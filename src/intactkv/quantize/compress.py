@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
+from intactkv.error import first_line
 from intactkv.kv import IntactKVError
 from intactkv.quantize.aware import PrefixAware
 from intactkv.quantize.causal import causal
@@ -89,7 +90,7 @@ def compress_(
         raise
     except (Exception, SystemExit) as error:  # llm-compressor raises whatever its parts do, AutoRound even exits
         raise IntactKVError(
-            f"llm-compressor's {type(method).__name__} fails on {type(full).__name__} ({_first_line(error)}); "
+            f"llm-compressor's {type(method).__name__} fails on {type(full).__name__} ({first_line(error)}); "
             "use RTN or another model"
         ) from error
     return method
@@ -196,7 +197,3 @@ def _ticker(
         return result
 
     return ended
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
