@@ -56,7 +56,7 @@ def jobs() -> Iterator[Job]:
     both = ((1.0, "ordinary"), (0.0, "aware"))
     for bits in (3, 4):
         for weight, kind in both:
-            yield Job(f"autoround-w{bits}-{kind}", AutoRound(bits, GROUP), weight)
+            yield Job(f"autoround-w{bits}-{kind}", AutoRound(bits, GROUP), weight, calibrated=weight == 0)
     for bits in (3, 4, 2):
         yield Job(f"rtn-w{bits}", RTN(bits, GROUP))
         for weight, kind in both:
