@@ -200,6 +200,18 @@ def test_r2_rotates_values_and_raw_ones_do_harm(tmp_path: Path) -> None:
     assert kl["captured"] < kl["own"] < kl["raw"]
 
 
+def test_a_half_precision_model_is_rotated_and_captured_in_float32(tmp_path: Path) -> None:
+    full = full_model("llama-gqa").to(torch.bfloat16)
+    exact = quantize(full, tmp_path / "exact", method=Rotated(RTN(8, GROUP)), prefix=PREFIX, dtype=torch.float32)
+    narrow = quantize(full, tmp_path / "narrow", method=Rotated(RTN(8, GROUP)), prefix=PREFIX)
+    expected, kv = (IntactKV.load(folder / PREFIX_KV) for folder in (exact, narrow))
+    for i, states in expected.layers.items():
+        for a, b in zip(states, kv.layers[i], strict=True):
+            torch.testing.assert_close(b, a, rtol=0, atol=0)
+    assert {p.dtype for p in load_model(narrow).model.embed_tokens.parameters()} == {torch.bfloat16}
+    assert kv.provenance["basis"] == "rotated R1 R2 R4"
+
+
 def test_a_rotated_checkpoint_in_shards_loads_exactly(tmp_path: Path) -> None:
     model = reloaded(full_model("llama-gqa"), tmp_path / "full")
     with quiet():
@@ -356,3 +368,21 @@ def test_autoround(
         if name.endswith("proj.weight"):
             torch.testing.assert_close(parameter, model.get_parameter(name), rtol=2**-6, atol=1e-4)
     three_arms(full, loaded, kv, windows, block_mse=False)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", [*METHODS, "autoround-w3"])
+def test_a_gpu_quantizes_as_the_cpu_does(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    full, method = full_model("llama-gqa"), METHODS.get(name, AutoRound(3, GROUP, iterations=8))
+    made = {}
+    for device in ("cpu", "cuda"):
+        out = quantize(full, tmp_path / device, method=method, calibration=windows.ids, prefix=PREFIX, dtype=dtype,
+                       device=device)  # fmt: skip
+        made[device] = Arm(device, load_model(out).float(), IntactKV.load(out / PREFIX_KV))
+    for i, states in made["cpu"].kv.layers.items():
+        for a, b in zip(states, made["cuda"].kv.layers[i], strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-4 if dtype == torch.float32 else 0.05)
+    found = evaluate(full, list(made.values()), windows, block_mse=False)
+    kl = {row["arm"]: row["kl_mean"] for row in found.table()}
+    assert kl["cuda"] == pytest.approx(kl["cpu"], rel=0.25)

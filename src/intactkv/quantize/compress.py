@@ -61,13 +61,16 @@ def compress_(
             f"AWQ cannot leave prefix tokens out on {type(full).__name__}, whose experts get tokens without their "
             "places; use GPTQ, or prefix_weight=1"
         )
-    probe, before = _probe(full, calibration)
+    probe = _probe(full, calibration)
+    with in_float32(full):
+        before = _logits(full, probe)
 
     def look(model: PreTrainedModel) -> None:
-        if method.basis != "full":
-            _check_same(before, _logits(model, probe), method, model)
-        if transformed is not None:
-            transformed(model)
+        with in_float32(model):
+            if method.basis != "full":
+                _check_same(before, _logits(model, probe), method, model)
+            if transformed is not None:
+                transformed(model)
 
     try:
         steps = [*method.transforms(full), Call(function=unrounded(look)), *method.rounding(full, ignore)]
@@ -157,13 +160,27 @@ def _loader(ids: Sequence[Tensor], masks: Sequence[Tensor] | None) -> DataLoader
     return DataLoader(rows, batch_size=None)
 
 
-def _probe(
-    full: PreTrainedModel, calibration: Int[Tensor, "window token"] | None
-) -> tuple[Int[Tensor, "1 token"], Float[Tensor, "1 token vocab"]]:
-    """A few tokens and the full model's logits on them."""
+@contextmanager
+def in_float32(model: nn.Module) -> Iterator[None]:
+    """While it is open, `model` computes in float32 with the weights it has; what two models compute can be compared.
+
+    In bfloat16 the noise of one forward can be half as large as the logits' spread (SmolLM2, on tokens of no text).
+    """
+    narrow = [p for p in model.parameters() if p.dtype in (torch.bfloat16, torch.float16)]
+    before = [parameter.data for parameter in narrow]
+    try:
+        for parameter in narrow:
+            parameter.data = parameter.data.float()
+        yield
+    finally:
+        for parameter, data in zip(narrow, before, strict=True):
+            parameter.data = data
+
+
+def _probe(full: PreTrainedModel, calibration: Int[Tensor, "window token"] | None) -> Int[Tensor, "1 token"]:
+    """A few tokens to compare logits on."""
     vocab = full.config.get_text_config(decoder=True).vocab_size
-    probe = torch.arange(min(32, vocab))[None] if calibration is None else calibration[:1, :32]
-    return probe, _logits(full, probe)
+    return torch.arange(min(32, vocab))[None] if calibration is None else calibration[:1, :32]
 
 
 @torch.no_grad()

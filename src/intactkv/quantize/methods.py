@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
@@ -301,7 +302,7 @@ class Rotated:
         return self.levels.weighs
 
     def transforms(self, full: PreTrainedModel) -> list[Any]:
-        from intactkv.quantize.steps import Rotate
+        from intactkv.quantize.steps import Call, Rotate, widen_
 
         if "R2" in self.rotations and not _is_power_of_two(head_dim(full)):
             raise IntactKVError(f"head_dim={head_dim(full)} is no power of two, which R2 needs; leave R2 out")
@@ -310,10 +311,16 @@ class Rotated:
             "transform_block_size": self._block(full),
             "precision": torch.float32,  # of R4, in the model's forward; R1 and R2 are fused in float64
         }
-        return [Rotate(**settings)]
+        return [
+            Call(function=widen_),
+            Rotate(**settings),
+        ]  # one rounding to fewer bits instead of one for each
 
     def rounding(self, full: PreTrainedModel, ignore: Sequence[str]) -> list[Any]:
-        return self.levels.rounding(full, ignore)
+        from intactkv.quantize.steps import Call, cast_
+
+        types = {name.rpartition(".")[0]: parameter.dtype for name, parameter in full.named_parameters()}
+        return [Call(function=partial(cast_, types=types)), *self.levels.rounding(full, ignore)]
 
     def _block(self, full: PreTrainedModel) -> int:
         """The largest power of two in both widths, or the block asked for if it divides them."""

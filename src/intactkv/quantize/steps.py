@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.transform import SpinQuantModifier
 from torch import nn
@@ -32,3 +33,15 @@ class Rotate(SpinQuantModifier):
 
     def _center_embeddings(self, model: nn.Module) -> None:
         pass
+
+
+def widen_(model: nn.Module) -> None:
+    """Cast half-precision numbers to float32."""
+    model._apply(lambda x: x.float() if x.dtype in (torch.bfloat16, torch.float16) else x)
+
+
+def cast_(model: nn.Module, types: Mapping[str, torch.dtype]) -> None:
+    """Cast the modules of these names, not those below them: rotations done online, added since, keep their type."""
+    for name, module in model.named_modules():
+        if (dtype := types.get(name)) is not None:
+            module._apply(lambda x, dtype=dtype: x.to(dtype) if x.is_floating_point() else x, recurse=False)
