@@ -170,7 +170,7 @@ def check_model() -> float:
     mask[1, :7] = 0
     logits = []
     for way in (read_packed, lambda model: contextlib.nullcontext()):
-        cache = PackedCache(config, Packing(bits=4, keep=2))
+        cache = PackedCache(config, Packing(bits=4, keep=2, keys="per_token"))
         with read_packed(model):
             model(ids[:, :150], attention_mask=mask[:, :150], past_key_values=cache)
         with way(model):
@@ -188,9 +188,9 @@ def check_model() -> float:
 def check_steps() -> dict[str, float]:
     """The largest difference, over the largest logit, that each way of decoding makes against PyTorch's own."""
     packings = {
-        "4 bits per token, kept": Packing(bits=4, keep=2),
+        "4 bits per token, kept": Packing(bits=4, keep=2, keys="per_token"),
         "2 bits, keys per channel, kept": Packing(bits=2, keys="per_channel", residual=32, keep=2),
-        "3 bits, rounded": Packing(bits=3, residual=5, own="rounded"),
+        "3 bits, rounded": Packing(bits=3, residual=5, own="rounded", keys="per_token"),
     }
     found = {}
     for (name, packing), pad in itertools.product(packings.items(), (0, 7)):
@@ -254,12 +254,15 @@ def whole_rows(model: PreTrainedModel, size: Size, batch: int, context: int) -> 
     reading = copied(model)
     kinds: dict[str, tuple[PreTrainedModel, Any]] = {
         "DynamicCache, bf16": (model, DynamicCache(config=config)),
-        "packed, 4 bits": (reading, PackedCache(config, Packing(bits=4))),
-        "packed, 4 bits, 32 newest in full": (reading, PackedCache(config, Packing(bits=4, residual=32))),
+        "packed, 4 bits": (reading, PackedCache(config, Packing(bits=4, keys="per_token"))),
+        "packed, 4 bits, 32 newest in full": (
+            reading,
+            PackedCache(config, Packing(bits=4, residual=32, keys="per_token")),
+        ),
     }
     if CUDA:
-        kinds["packed, 4 bits, CUDA graph"] = (copied(model), PackedCache(config, Packing(bits=4)))
-        kinds["packed, 2 bits, CUDA graph"] = (copied(model), PackedCache(config, Packing(bits=2)))
+        kinds["packed, 4 bits, CUDA graph"] = (copied(model), PackedCache(config, Packing(bits=4, keys="per_token")))
+        kinds["packed, 2 bits, CUDA graph"] = (copied(model), PackedCache(config, Packing(bits=2, keys="per_token")))
     for backend, module, axis in (("quanto", "optimum", 0), ("hqq", "hqq", 1)):
         if find_spec(module):
             kinds[backend] = (model, QuantizedCache(backend, config, nbits=4, axis_key=axis, axis_value=axis))
@@ -391,7 +394,7 @@ def stock_rows(size: Size, batch: int, context: int) -> list[dict[str, Any]]:
     query, key, value = fresh(batch, context, size.head_dim)
     config = LlamaConfig(num_hidden_layers=1, num_attention_heads=4 * key.shape[1], num_key_value_heads=key.shape[1],
                          hidden_size=4 * key.shape[1] * size.head_dim)  # fmt: skip
-    caches: dict[str, Any] = {"packed": PackedCache(config, Packing(bits=4))}
+    caches: dict[str, Any] = {"packed": PackedCache(config, Packing(bits=4, keys="per_token"))}
     for backend, module, axis in (("quanto", "optimum", 0), ("hqq", "hqq", 1)):
         if find_spec(module):
             caches[backend] = QuantizedCache(backend, config, nbits=4, axis_key=axis, axis_value=axis)

@@ -43,9 +43,9 @@ REST = "no cache, no attention"
 SPEED = "Decoding with a packed cache: tokens per second ÷ DynamicCache's in bfloat16"
 MEMORY = "Bytes of a packed cache, and of one decoding step"
 PACKINGS = {
-    "packed 4 bits": Packing(bits=4, keep=4),
-    "packed 2 bits": Packing(bits=2, keep=4),
-    "packed 4 bits, residual 32": Packing(bits=4, keep=4, residual=32),
+    "packed 4 bits": Packing(bits=4, keep=4, keys="per_token"),
+    "packed 2 bits": Packing(bits=2, keep=4, keys="per_token"),
+    "packed 4 bits, residual 32": Packing(bits=4, keep=4, residual=32, keys="per_token"),
     "packed 4 bits, KIVI keys": Packing(bits=4, keep=4, keys="per_channel", residual=32),
 }
 
@@ -146,7 +146,11 @@ def test_bytes(benchmark: Any, report: Callable[..., None], model: PreTrainedMod
     shape = (batch, config.num_key_value_heads, context, config.head_dim)
     models = twins(model)
     full = 2 * 2 * torch.Size(shape).numel() * config.num_hidden_layers
-    settings = {**PACKINGS, "packed 3 bits": Packing(bits=3, keep=4), "packed 8 bits": Packing(bits=8, keep=4)}
+    settings = {
+        **PACKINGS,
+        "packed 3 bits": Packing(bits=3, keep=4, keys="per_token"),
+        "packed 8 bits": Packing(bits=8, keep=4, keys="per_token"),
+    }
     ways: dict[str, Packing | None] = {"DynamicCache": None, **settings}
 
     def measure() -> None:
@@ -166,7 +170,7 @@ def test_bytes_of_a_prompt_meet_their_targets() -> None:
     """At 4 bits at most 0.30 of bfloat16's bytes, at 2 bits at most 0.18, a head of 128 numbers to a scale."""
     for bits, target in ((4, 0.30), (2, 0.18)):
         config = LlamaConfig(num_hidden_layers=1, num_key_value_heads=2, head_dim=128)
-        cache = PackedCache(config, replace(Packing(), bits=bits))
+        cache = PackedCache(config, replace(Packing(keys="per_token"), bits=bits))
         cache.update(*torch.zeros(2, 1, 2, 4096, 128), 0)
         assert cache.nbytes / (2 * 2 * 2 * 4096 * 128) <= target
 

@@ -47,7 +47,11 @@ def main(
         for arm, given in (("own", None), ("intact", artifact)):
 
             def make(m, width=width):
-                return DynamicCache(config=m.config) if width == "16" else PackedCache(m.config, Packing(int(width)))
+                return (
+                    DynamicCache(config=m.config)
+                    if width == "16"
+                    else PackedCache(m.config, Packing(int(width), keys="per_token"))
+                )
 
             logits = decoded(quantized, make, ids, prompt=prompt, kv=given)
             metrics[f"{width} {arm}"] = token_metrics(reference, logits.float(), labels)

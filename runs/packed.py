@@ -33,10 +33,10 @@ from intactkv.load import load_model, load_tokenizer, read_text
 from intactkv.quantize import RTN, quantize
 
 SCHEMES = {
-    "per token": Packing(),
-    "per token, residual 11": Packing(residual=11),
-    "per token, residual 32": Packing(residual=32),
-    "per token, Hadamard": Packing(hadamard=True),
+    "per token": Packing(keys="per_token"),
+    "per token, residual 11": Packing(residual=11, keys="per_token"),
+    "per token, residual 32": Packing(residual=32, keys="per_token"),
+    "per token, Hadamard": Packing(hadamard=True, keys="per_token"),
     "KIVI keys, residual 32": Packing(keys="per_channel", residual=32),
 }
 KEPT = (0, 1, 4, 16)
@@ -95,9 +95,9 @@ def arms(full: Any, rounded: Any, kv: IntactKV) -> Iterator[tuple[str, PreTraine
     yield "w3 16 own", rounded, lambda model: DynamicCache(config=model.config), None
     yield "w3 16 intact", rounded, lambda model: DynamicCache(config=model.config), kv
     for bits in (4, 3, 2):
-        yield f"w3 {bits} rounded", rounded, packed(Packing(bits)), None
-        yield f"w3 {bits} own", rounded, packed(Packing(bits, keep=1)), None
-        yield f"w3 {bits} intact", rounded, packed(Packing(bits)), kv
+        yield f"w3 {bits} rounded", rounded, packed(Packing(bits, keys="per_token")), None
+        yield f"w3 {bits} own", rounded, packed(Packing(bits, keep=1, keys="per_token")), None
+        yield f"w3 {bits} intact", rounded, packed(Packing(bits, keys="per_token")), kv
 
 
 def stock(backend: str, bits: int, axis: int) -> Make:

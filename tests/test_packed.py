@@ -33,14 +33,14 @@ from intactkv.packed.reads import _attend_stored, forward
 from intactkv.packed.store import Packed
 
 SETTINGS = {
-    "per token": Packing(bits=4, keep=4),
-    "residual": Packing(bits=3, keep=2, residual=3),
-    "grouped": Packing(bits=2, group_size=8, keep=1),
-    "rotated": Packing(bits=4, hadamard=True, keep=4),
+    "per token": Packing(bits=4, keep=4, keys="per_token"),
+    "residual": Packing(bits=3, keep=2, residual=3, keys="per_token"),
+    "grouped": Packing(bits=2, group_size=8, keep=1, keys="per_token"),
+    "rotated": Packing(bits=4, hadamard=True, keep=4, keys="per_token"),
     "per channel": Packing(bits=4, keys="per_channel", token_group=4, keep=3),
     "kivi": Packing(bits=2, keys="per_channel", token_group=4, residual=5, keep=3, hadamard=True),
-    "paper": Packing(bits=4, keep=0, own="rounded"),
-    "none kept, 8 bits": Packing(bits=8),
+    "paper": Packing(bits=4, keep=0, own="rounded", keys="per_token"),
+    "none kept, 8 bits": Packing(bits=8, keys="per_token"),
 }
 each_setting = pytest.mark.parametrize("packing", SETTINGS.values(), ids=list(SETTINGS))
 
@@ -124,7 +124,12 @@ def test_reading_rounded_is_rounding_by_hand_in_any_chunks(model: PreTrainedMode
     expected = stepwise(model, ids, reference)
     for chunk in (1, 7, 12):
         with read_packed(model):
-            got = stepwise(model, ids, PackedCache(model.config, Packing(bits=3, keep=2, own="rounded")), chunk=chunk)
+            got = stepwise(
+                model,
+                ids,
+                PackedCache(model.config, Packing(bits=3, keep=2, own="rounded", keys="per_token")),
+                chunk=chunk,
+            )
         assert torch.allclose(got, expected, atol=1e-9)
 
 
@@ -151,7 +156,7 @@ def test_every_architecture_generates_the_same_with_block_reads_and_dense(archit
     if architecture.name not in ("gemma2", "bloom", "mpt"):  # whose padded rows are NaN in float64, in any cache
         model, atol = model.double(), 1e-9  # in float32 a number on an edge can tip over to the next code
         model.set_experts_implementation("eager")  # transformers' grouped one takes no float64
-    packing = Packing(bits=8, keep=2)
+    packing = Packing(bits=8, keep=2, keys="per_token")
     rows = [prompts(1, n, seed=n)[0] for n in (12, 9)]
     ids, mask, _ = padded(rows, "right" if architecture.recurrent else "left")
     ids, mask = (ids[:1], mask[:1]) if architecture.recurrent else (ids, mask)
@@ -264,7 +269,7 @@ def test_attached_generation_equals_a_cache_filled_by_hand() -> None:
 
 def test_padding_must_be_told(model: PreTrainedModel) -> None:
     with pytest.raises(IntactKVError, match="read_packed"):
-        model(prompts(2), past_key_values=PackedCache(model.config, Packing(keep=4)))
+        model(prompts(2), past_key_values=PackedCache(model.config, Packing(keep=4, keys="per_token")))
 
 
 def test_reading_twice_is_refused_and_removing_leaves_no_trace(model: PreTrainedModel) -> None:
@@ -279,7 +284,7 @@ def test_reading_twice_is_refused_and_removing_leaves_no_trace(model: PreTrained
 
 
 def test_reset_gives_an_empty_cache(model: PreTrainedModel) -> None:
-    cache = PackedCache(model.config, Packing(keep=4))
+    cache = PackedCache(model.config, Packing(keep=4, keys="per_token"))
     with read_packed(model):
         first = stepwise(model, prompts(2), cache)
         cache.reset()
@@ -322,7 +327,7 @@ def test_a_copy_goes_its_own_way(model: PreTrainedModel, packing: Packing) -> No
 @pytest.mark.parametrize("fast", [True, False], ids=["block reads", "dense reads"])
 def test_a_compiled_model_decodes_the_same(model: PreTrainedModel, fast: bool) -> None:
     """Tracing breaks at the cache and at our attention, and goes on behind them."""
-    ids, packing = prompts(2, 16), Packing(bits=4, keep=2)
+    ids, packing = prompts(2, 16), Packing(bits=4, keep=2, keys="per_token")
 
     def steps(forward: Any) -> Tensor:
         cache = told(model, packing, torch.ones_like(ids))
@@ -413,9 +418,9 @@ def not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 STEPS = {
-    "one scale": Packing(bits=4, keep=4),
-    "none kept": Packing(bits=2, group_size=32),
-    "[BOS], residual": Packing(bits=3, keep=1, residual=5),
+    "one scale": Packing(bits=4, keep=4, keys="per_token"),
+    "none kept": Packing(bits=2, group_size=32, keys="per_token"),
+    "[BOS], residual": Packing(bits=3, keep=1, residual=5, keys="per_token"),
     "KIVI": Packing(bits=4, keys="per_channel", residual=32, keep=4),
     "KIVI, none kept": Packing(bits=8, keys="per_channel"),
 }
@@ -439,14 +444,14 @@ def test_a_step_written_out_as_one_equals_its_parts(packing: Packing, dtype: tor
 def test_a_step_is_not_written_out_as_one_where_that_would_be_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused, "compiled", None)  # is not even asked for
     for packing, tokens, start in (
-        (Packing(bits=4, keep=4), 200, 7),  # padded
-        (Packing(bits=4, hadamard=True), 200, 0),
-        (Packing(bits=4, keep=4), 40, 0),  # short
-        (Packing(bits=4, keep=70), 70, 0),  # nothing packed but what is kept
-        (Packing(bits=4), 50_000, 0),  # more than WHOLE allows
+        (Packing(bits=4, keep=4, keys="per_token"), 200, 7),  # padded
+        (Packing(bits=4, hadamard=True, keys="per_token"), 200, 0),
+        (Packing(bits=4, keep=4, keys="per_token"), 40, 0),  # short
+        (Packing(bits=4, keep=70, keys="per_token"), 70, 0),  # nothing packed but what is kept
+        (Packing(bits=4, keys="per_token"), 50_000, 0),  # more than WHOLE allows
     ):
         assert fused_attention(*one_step(packing, tokens, dtype=torch.float32, start=start)) is None
-    stored = one_step(Packing(bits=4), 200, dtype=torch.float32)[1]
+    stored = one_step(Packing(bits=4, keys="per_token"), 200, dtype=torch.float32)[1]
     twice = replace(stored, runs=stored.runs * 2)
     assert fused_attention(torch.randn(2, 6, 1, 128), twice) is None
 
@@ -477,7 +482,10 @@ def packed_by_reading(packing: Packing, dtype: torch.dtype) -> None:
             assert torch.equal(getattr(a, name), getattr(b, name))
 
 
-TAKING = {"one scale": {}, "grouped": {"group_size": 32, "keep": 2}}
+TAKING: dict[str, dict[str, Any]] = {
+    "one scale": {"keys": "per_token"},
+    "grouped": {"keys": "per_token", "group_size": 32, "keep": 2},
+}
 
 
 @pytest.mark.parametrize("kind", TAKING.values(), ids=list(TAKING))
@@ -503,7 +511,7 @@ def test_a_late_read_packs_nothing() -> None:
         lambda cache: cache.reorder_cache(torch.tensor([1, 0])),
         lambda cache: cache.reset(),
     ):
-        cache = PackedCache(TINY.config, Packing(bits=4))
+        cache = PackedCache(TINY.config, Packing(bits=4, keys="per_token"))
         cache.update(*torch.randn(2, 2, 2, 100, 128), 0)
         key, _ = cache.update(*torch.randn(2, 2, 2, 1, 128), 0)
         change(cache)
@@ -591,7 +599,7 @@ def test_bytes_are_what_the_formula_says(bits: int, keys: Any) -> None:
 
 
 def test_no_step_copies_the_whole_cache(model: PreTrainedModel) -> None:
-    cache = PackedCache(model.config, Packing(4))
+    cache = PackedCache(model.config, Packing(4, keys="per_token"))
     with read_packed(model):
         model(prompts(1, 40), past_key_values=cache)
         buffers = [s.codes.data_ptr() for layer in cache.layers for s in layer.stores]
@@ -601,7 +609,7 @@ def test_no_step_copies_the_whole_cache(model: PreTrainedModel) -> None:
 
 
 def test_lazy_states_are_dense_for_any_operation(model: PreTrainedModel) -> None:
-    cache = PackedCache(model.config, Packing(4))
+    cache = PackedCache(model.config, Packing(4, keys="per_token"))
     model(prompts(1, 10), past_key_values=cache)
     new = torch.randn(1, 2, 1, 16)
     key, value = cache.update(new, new, 0)

@@ -20,10 +20,10 @@ from intactkv.packed import cache as cache_module
 from intactkv.packed import graphs, reads
 
 PACKINGS = {
-    "per-token": Packing(bits=4),
-    "per-token, 2 bits, rounded": Packing(bits=2, own="rounded"),
-    "per-token, 8 bits, residual": Packing(bits=8, residual=3, keep=2),
-    "per-token, 3 bits, kept": Packing(bits=3, keep=2),
+    "per-token": Packing(bits=4, keys="per_token"),
+    "per-token, 2 bits, rounded": Packing(bits=2, own="rounded", keys="per_token"),
+    "per-token, 8 bits, residual": Packing(bits=8, residual=3, keep=2, keys="per_token"),
+    "per-token, 3 bits, kept": Packing(bits=3, keep=2, keys="per_token"),
     "per-channel": Packing(bits=2, keys="per_channel", token_group=16, residual=4),
     "per-channel, 3 bits, rounded, kept": Packing(
         bits=3, keys="per_channel", token_group=16, residual=0, keep=2, own="rounded"
@@ -140,7 +140,7 @@ def test_anything_else_takes_the_tokens_out_of_the_ring(model: PreTrainedModel, 
     for steady in (False, True):
         on_gpu(steady)
         with read_packed(model), torch.no_grad():
-            _, cache = decode(model, Packing(bits=4, residual=3, keep=1), prompt=13, steps=5)
+            _, cache = decode(model, Packing(bits=4, residual=3, keep=1, keys="per_token"), prompt=13, steps=5)
             ids = torch.arange(6).reshape(2, 3)
             cache.crop(15)
             first = model(ids, past_key_values=cache).logits
@@ -217,7 +217,7 @@ def test_a_replay_goes_on_after_other_calls(
     for way in (False, True):
         on_gpu(way)
         with read_packed(model, **({"graphs": True} if way else {})), torch.no_grad():
-            cache, logits = PackedCache(model.config, Packing(bits=4, residual=2)), []
+            cache, logits = PackedCache(model.config, Packing(bits=4, residual=2, keys="per_token")), []
             for begin, end in ((0, 2), (2, 3), (3, 4)):
                 logits.append(model(ids[:, begin:end], past_key_values=cache).logits)
             # a call that the graph does not serve stores a token too
@@ -244,7 +244,7 @@ def test_generating_with_graphs_gives_the_same_tokens(
     for way in ({}, {"graphs": True}):
         on_gpu(bool(way))
         with read_packed(model, **way):
-            cache = PackedCache(model.config, Packing(bits=4, keep=2))
+            cache = PackedCache(model.config, Packing(bits=4, keep=2, keys="per_token"))
             answers.append(
                 model.generate(ids, attention_mask=mask, past_key_values=cache, max_new_tokens=6, do_sample=False)
             )

@@ -34,16 +34,17 @@ TOGETHER = 32  # tokens whose keys and values are rounded in one go
 class Packing:
     """How tokens are rounded and which are not.
 
-    `bits` 2, 3, 4 or 8. `keys` rounds keys with a scale `per_token` (and head), as the paper does, or `per_channel`
-    over `token_group` tokens, as KIVI does; values always have scales per token. `group_size` numbers of a head share a
-    per-token scale (None: all). `residual` newest tokens stay in full precision, and up to as many more until they are
-    packed together. `hadamard` rotates heads before rounding. `keep` first tokens of every row stay in full precision.
-    A call reads its own tokens in `full` precision (as KIVI and transformers do) or `rounded` (as the paper's
-    evaluation does), by `own`; earlier tokens it reads as they are stored.
+    `bits` 2, 3, 4 or 8. `keys` rounds keys with a scale `per_channel` over `token_group` tokens, as KIVI does, or
+    `per_token` (and head), as the paper does: faster to read, and many times as far off, since keys have channels of
+    unequal size, and a bias (Qwen2's) makes them more so. Values always have scales per token. `group_size` numbers of
+    a head share a per-token scale (None: all). `residual` newest tokens stay in full precision, and up to as many more
+    (or a `token_group`) until they are packed together. `hadamard` rotates heads before rounding. `keep` first tokens
+    of every row stay in full precision. A call reads its own tokens in `full` precision (as KIVI and transformers do)
+    or `rounded` (as the paper's evaluation does), by `own`; earlier tokens it reads as they are stored.
     """
 
     bits: int = 4
-    keys: Literal["per_token", "per_channel"] = "per_token"
+    keys: Literal["per_token", "per_channel"] = "per_channel"
     group_size: int | None = None
     token_group: int = 32
     residual: int = 0
