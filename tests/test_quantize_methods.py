@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import logging
@@ -21,6 +22,8 @@ from intactkv.kv import weights_digest
 from intactkv.load import load_model
 
 pytest.importorskip("llmcompressor")
+
+from compressed_tensors.offload.cache.cpu import CPUCache
 
 from intactkv.quantize import AWQ, GPTQ, PREFIX_KV, RECIPE, RTN, AutoRound, Method, Rotated, SmoothQuant, quantize
 from intactkv.quantize.compress import compress_
@@ -200,7 +203,12 @@ def test_r2_rotates_values_and_raw_ones_do_harm(tmp_path: Path) -> None:
     assert kl["captured"] < kl["own"] < kl["raw"]
 
 
-def test_a_half_precision_model_is_rotated_and_captured_in_float32(tmp_path: Path) -> None:
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_a_half_precision_model_is_rotated_and_captured_in_float32(
+    elsewhere: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if elsewhere:  # an accelerator works on copies of the weights, in which changes are lost
+        monkeypatch.setattr(CPUCache, "onload", lambda self, x: None if x is None else copy.deepcopy(x))
     full = full_model("llama-gqa").to(torch.bfloat16)
     exact = quantize(full, tmp_path / "exact", method=Rotated(RTN(8, GROUP)), prefix=PREFIX, dtype=torch.float32)
     narrow = quantize(full, tmp_path / "narrow", method=Rotated(RTN(8, GROUP)), prefix=PREFIX)
@@ -370,6 +378,19 @@ def test_autoround(
     three_arms(full, loaded, kv, windows, block_mse=False)
 
 
+def test_auto_round_computes_where_it_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from llmcompressor.modifiers.autoround import base
+
+    told, auto_round = [], base.AutoRound
+    monkeypatch.setattr(
+        base, "AutoRound", lambda **settings: told.append(settings["device_map"]) or auto_round(**settings)
+    )
+    with quiet():
+        compress_(reloaded(full_model("llama-gqa"), tmp_path), AutoRound(4, GROUP, iterations=1), windows.ids[:2],
+                  device="cpu")  # fmt: skip
+    assert set(told) == {"cpu"}
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", [*METHODS, "autoround-w3"])
@@ -379,7 +400,7 @@ def test_a_gpu_quantizes_as_the_cpu_does(name: str, dtype: torch.dtype, tmp_path
     for device in ("cpu", "cuda"):
         out = quantize(full, tmp_path / device, method=method, calibration=windows.ids, prefix=PREFIX, dtype=dtype,
                        device=device)  # fmt: skip
-        made[device] = Arm(device, load_model(out).float(), IntactKV.load(out / PREFIX_KV))
+        made[device] = Arm(device, load_model(out), IntactKV.load(out / PREFIX_KV))
     for i, states in made["cpu"].kv.layers.items():
         for a, b in zip(states, made["cuda"].kv.layers[i], strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=1e-4 if dtype == torch.float32 else 0.05)

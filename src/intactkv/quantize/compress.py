@@ -51,7 +51,7 @@ def compress_(
     from llmcompressor.modeling.moe.linearize import linearize_moe
     from llmcompressor.pipelines.cache import IntermediatesCache
 
-    from intactkv.quantize.steps import Call
+    from intactkv.quantize.steps import Call, in_float32
 
     linearize_moe(full)  # experts kept in one tensor become Linear layers; a dense model is left alone
     widths, ignore = _targets(full)
@@ -85,7 +85,7 @@ def compress_(
             nullcontext() if aware is None else aware.opened(full),
             patched(IntermediatesCache, "pin_memory", _pin(IntermediatesCache)),
             patched(LifecycleCallbacks, "sequential_epoch_end", count),
-            nullcontext() if device is None else _on(device),
+            nullcontext() if device is None else _on(torch.device(device)),
         ):
             data = _loader(batches(shown, method), masks)
             oneshot(model=full, recipe=steps, dataset=data, processor=no_tokenizer, use_loss_mask=masks is not None)
@@ -131,14 +131,20 @@ def _targets(full: PreTrainedModel) -> tuple[dict[str, int], list[str]]:
 
 
 @contextmanager
-def _on(device: torch.device | str) -> Iterator[None]:
-    """llm-compressor's pipelines compute on `device`, where they would take any accelerator there is."""
+def _on(device: torch.device) -> Iterator[None]:
+    """llm-compressor's pipelines and AutoRound compute on `device`, where they would take any accelerator there is."""
+    from llmcompressor.modifiers.autoround import AutoRoundModifier
     from llmcompressor.pipelines.data_free import pipeline as data_free
     from llmcompressor.pipelines.sequential import pipeline as sequential
 
+    def map_(modifier: AutoRoundModifier, settings: dict[str, Any]) -> None:
+        if device.type == "cpu" or device.index is not None:
+            settings["device_map"] = str(device)
+
     with ExitStack() as stack:
         for pipeline in (data_free, sequential):
-            stack.enter_context(patched(pipeline, "get_main_device", lambda: torch.device(device)))
+            stack.enter_context(patched(pipeline, "get_main_device", lambda: device))
+        stack.enter_context(patched(AutoRoundModifier, "_update_device_map_for_dp", map_))
         yield
 
 
@@ -158,23 +164,6 @@ def _loader(ids: Sequence[Tensor], masks: Sequence[Tensor] | None) -> DataLoader
     if masks is not None:
         rows = [{**row, "loss_mask": mask.long()} for row, mask in zip(rows, masks, strict=True)]
     return DataLoader(rows, batch_size=None)
-
-
-@contextmanager
-def in_float32(model: nn.Module) -> Iterator[None]:
-    """While it is open, `model` computes in float32 with the weights it has; what two models compute can be compared.
-
-    In bfloat16 the noise of one forward can be half as large as the logits' spread (SmolLM2, on tokens of no text).
-    """
-    narrow = [p for p in model.parameters() if p.dtype in (torch.bfloat16, torch.float16)]
-    before = [parameter.data for parameter in narrow]
-    try:
-        for parameter in narrow:
-            parameter.data = parameter.data.float()
-        yield
-    finally:
-        for parameter, data in zip(narrow, before, strict=True):
-            parameter.data = data
 
 
 def _probe(full: PreTrainedModel, calibration: Int[Tensor, "window token"] | None) -> Int[Tensor, "1 token"]:

@@ -13,7 +13,6 @@ from functools import partial
 from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from intactkv.kv import IntactKVError
@@ -223,10 +222,11 @@ class AutoRound(_Levels):
     def rounding(self, full: PreTrainedModel, ignore: Sequence[str]) -> list[Any]:
         from llmcompressor.modifiers.autoround import AutoRoundModifier
 
-        from intactkv.quantize.steps import Call
+        from intactkv.quantize.steps import Call, cast_
 
         # AutoRound would turn the blocks alone into bfloat16, and the next float32 input would not fit them.
-        cast = Call(function=lambda model: nn.Module.to(model, torch.bfloat16))
+        types = {name.rpartition(".")[0]: torch.bfloat16 for name, _ in full.named_parameters()}
+        cast = Call(function=partial(cast_, types=types))
         tune = AutoRoundModifier(iters=self.iterations, enable_torch_compile=False, **self._scheme(full, ignore))
         return [cast, tune]
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from compressed_tensors.offload import disable_onloading
 from llmcompressor.modifiers import Modifier
 from llmcompressor.modifiers.transform import SpinQuantModifier
 from torch import nn
@@ -37,11 +39,31 @@ class Rotate(SpinQuantModifier):
 
 def widen_(model: nn.Module) -> None:
     """Cast half-precision numbers to float32."""
-    model._apply(lambda x: x.float() if x.dtype in (torch.bfloat16, torch.float16) else x)
+    with disable_onloading():  # or copies on the accelerator would be cast, and forgotten
+        model._apply(lambda x: x.float() if x.dtype in (torch.bfloat16, torch.float16) else x)
 
 
 def cast_(model: nn.Module, types: Mapping[str, torch.dtype]) -> None:
     """Cast the modules of these names, not those below them: rotations done online, added since, keep their type."""
-    for name, module in model.named_modules():
-        if (dtype := types.get(name)) is not None:
-            module._apply(lambda x, dtype=dtype: x.to(dtype) if x.is_floating_point() else x, recurse=False)
+    with disable_onloading():
+        for name, module in model.named_modules():
+            if (dtype := types.get(name)) is not None:
+                module._apply(lambda x, dtype=dtype: x.to(dtype) if x.is_floating_point() else x, recurse=False)
+
+
+@contextmanager
+def in_float32(model: nn.Module) -> Iterator[None]:
+    """While it is open, `model` computes in float32 with the weights it has; what two models compute can be compared.
+
+    In bfloat16 the noise of one forward can be half as large as the logits' spread (SmolLM2, on tokens of no text).
+    """
+    with disable_onloading():
+        narrow = [parameter for parameter in model.parameters() if parameter.dtype in (torch.bfloat16, torch.float16)]
+        before = [parameter.data for parameter in narrow]
+    try:
+        for parameter in narrow:
+            parameter.data = parameter.data.float()
+        yield
+    finally:
+        for parameter, data in zip(narrow, before, strict=True):
+            parameter.data = data
