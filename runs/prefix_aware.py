@@ -225,7 +225,10 @@ def table(
 
 
 def cell(arms: dict[str, Any], arm: str, metric: str, digits: int) -> str:
-    return f"{arms[arm][metric]:.{digits}f}" if arm in arms else "–"
+    if arm not in arms:
+        return "–"
+    value = arms[arm][metric]
+    return f"{value:.{digits}f}" if value < 1e5 else f"{value:.0e}"
 
 
 @app.command()

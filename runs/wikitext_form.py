@@ -3,7 +3,7 @@
 What it does: reads TEXT (plain or .xz, documents end with a line `<|endoftext|>`, their first line is the title), takes
 every EVERY-th document until CHARACTERS are written, sets punctuation apart, writes `@-@`, `@,@` and `@.@` inside words
 and numbers and ` = title = `. What it gives up: a few regular expressions, not the Moses tokenizer; no subheadings.
-On wikipedia_100mb.txt.xz its defaults give the second text that `runs/calibrate.py` learned from for docs/results.md.
+On wikipedia_100mb.txt.xz its defaults give the second text that `runs/calibrate.py` learned from.
 """
 
 from __future__ import annotations

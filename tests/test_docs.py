@@ -40,3 +40,31 @@ COMMANDS = ["capture", "quantize", "check", "eval", "mtbench", "calibrate", "gen
 @pytest.mark.parametrize("command", COMMANDS)
 def test_the_readme_names_every_command(command: str) -> None:
     assert re.search(rf"^intactkv {command}\b", README, re.MULTILINE)
+
+
+PAGES = sorted(
+    [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("**/*.md"), *ROOT.glob("runs/*.md")]
+)
+
+
+def anchors(page: Path) -> set[str]:
+    """The headings of a page as GitHub names them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    for link in re.findall(r"\]\((?!https?:)([^)\s]+)\)", page.read_text()):
+        path, _, anchor = link.partition("#")
+        there = (page.parent / path) if path else page
+        assert there.exists(), link
+        assert not anchor or anchor in anchors(there), link
+
+
+def test_every_page_of_results_is_in_their_index() -> None:
+    index = (ROOT / "docs/results/README.md").read_text()
+    assert {p.name for p in (ROOT / "docs/results").glob("*.md")} == {
+        "README.md",
+        *re.findall(r"\]\(([\w-]+\.md)\)", index),
+    }
