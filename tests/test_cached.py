@@ -24,7 +24,16 @@ from torch import Tensor
 
 from intactkv import IntactKV, IntactKVError, capture
 from intactkv.demo import MODEL, TEXT
-from intactkv.evaluate import Arm, Evaluation, Windows, evaluate, full_metrics, prefixed_windows, token_metrics
+from intactkv.evaluate import (
+    Arm,
+    Evaluation,
+    Windows,
+    evaluate,
+    full_metrics,
+    prefixed_windows,
+    stored,
+    token_metrics,
+)
 from intactkv.evaluate.cached import Checkpoint, StoredArm, Traces, evaluate_cached
 from intactkv.evaluate.markdown import append_rows, header
 from intactkv.evaluate.records import read_record, write_record
@@ -127,6 +136,16 @@ def test_one_pass_over_the_full_model_serves_models_that_come_later(
     fewer = Windows(windows.ids[:2], windows.scored[:2])  # other batches of the same windows: nothing new of the full
     cached(loads, kv, fewer, tmp_path, names=("w2",))
     assert loads.loaded == ["w2"]
+
+
+def test_a_distribution_is_read_once_for_a_model(
+    loads: Loads, kv: IntactKV, windows: Windows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cached(loads, kv, windows, tmp_path, names=("w3",))
+    read = []
+    monkeypatch.setattr(stored, "read_record", lambda *given: read.append(given) or read_record(*given))
+    cached(loads, kv, windows, tmp_path, names=("w2",))
+    assert len(read) == len(windows.ids)
 
 
 def test_another_kv_prefix_or_text_is_measured_anew(

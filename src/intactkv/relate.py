@@ -19,9 +19,9 @@ from torch import Tensor
 Kind = Literal["same", "scale", "rotation", "other"]
 Halves = tuple[Float[Tensor, "head token dim"], Float[Tensor, "head token dim"]]
 
-# All limits are set from data, see docs/results/basis.md. FLOOR is the energy that rounding in bfloat16 leaves. Above REFUSE
-# a head is not the same head: rounding to three levels leaves 0.54, the best rotation of a stranger 0.64 and more.
-# MIXED and more, of which a free linear map explains nine tenths, is some other mixing.
+# All limits are set from data, see docs/results/basis.md. FLOOR is the energy that rounding in bfloat16 leaves. Above
+# REFUSE a head is not the same head: rounding to three levels leaves 0.54, the best rotation of a stranger 0.64 and
+# more. MIXED and more, of which a free linear map explains nine tenths, is some other mixing.
 FLOOR, REFUSE, MIXED = 1e-5, 0.6, 0.05
 # Scales are real if the variance of the slopes that both halves agree on is this share of all of it, over all layers
 # and in the layer itself, and if they spread wider than SHRINK times the energy left: coarse rounding shrinks some

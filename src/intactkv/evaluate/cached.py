@@ -107,13 +107,13 @@ def evaluate_cached(
     keys: dict[str, dict[str, Any]] = {name: _key(full.digest, None, skip) for name, skip in skips.items()}
     for arm in arms:
         keys[arm.name] = _key(arm.checkpoint.digest, arm.kv, arm.skip)
-    run = _Run(store, _batches(windows, batch_size, store), keys, progress)
+    run = _Run(full, windows, store, _batches(windows, batch_size, store), keys, progress)
     began = perf_counter()
     columns = {name: run.known(name) for name in keys}
     needed = [i for i in range(len(run.batches)) if any(column[i] is None for column in columns.values())]
-    run.measure_full(full, windows, columns, skips, needed)
+    run.measure_full(columns, skips, needed)
     for checkpoint in dict.fromkeys(arm.checkpoint for arm in arms):
-        run.measure(checkpoint, [arm for arm in arms if arm.checkpoint is checkpoint], windows, columns)
+        run.measure(checkpoint, [arm for arm in arms if arm.checkpoint is checkpoint], columns)
     seconds = math.nan if run.traces.read else perf_counter() - began
     metrics = {name: TokenMetrics.cat([_metrics(found) for found in column]) for name, column in columns.items()}
     run.traces.rest_mass = scored_mean((found["rest_mass"] for found in columns["full"] if found), windows.scored.cpu())
@@ -133,6 +133,8 @@ _Column = list[dict[str, Tensor] | None]
 class _Run:
     """One evaluation: what it reads and writes, and how far it is."""
 
+    full: Checkpoint
+    windows: Windows
     store: Store
     batches: list[_Batch]
     keys: dict[str, dict[str, Any]]  # by arm, what tells it from others
@@ -150,27 +152,11 @@ class _Run:
                 self.count(batch)
         return column
 
-    def measure_full(
-        self, full: Checkpoint, windows: Windows, columns: dict[str, _Column], skips: dict[str, int], needed: list[int]
-    ) -> None:
+    def measure_full(self, columns: dict[str, _Column], skips: dict[str, int], needed: list[int]) -> None:
         """Complete the store and the full model's own figures at the batches `needed`, without `skips` tokens too."""
         wanted = [(name, skip, i) for name, skip in skips.items() for i in needed]
-        missing = [
-            self.batches[i].ids[:, skip:]
-            for _, skip, i in wanted
-            if self.usable(partial(self.store.read, self.batches[i].ids[:, skip:])) is None
-        ]
-        if missing:
-            model = full.load()
-            check_arm(Arm("full", model), windows)
-            vocab = model.config.get_text_config(decoder=True).vocab_size
-            check_top(self.store.top, vocab)
-            self.store.check_room(sum(ids.numel() for ids in missing), vocab=vocab, dtype=model.dtype)
-            for ids in missing:
-                with torch.inference_mode():
-                    logits, _ = forward(Arm("full", model), ids, hidden=False)
-                    self.store.write(ids, logits)
-            del model
+        asked = [self.batches[i].ids[:, skip:] for _, skip, i in wanted]
+        self.store_full([ids for ids in asked if not self.usable(partial(self.store.has, ids))])
         for name, skip, i in wanted:
             if columns[name][i] is None:
                 given = self.stored(self.batches[i], skip)
@@ -180,16 +166,28 @@ class _Run:
                 rest = torch.nn.functional.pad(given.rest_mass, (skip, 0))
                 self.keep(name, i, columns[name], {**vars(metrics), "rest_mass": rest})
 
-    def measure(
-        self, checkpoint: Checkpoint, arms: list[StoredArm], windows: Windows, columns: dict[str, _Column]
-    ) -> None:
+    def store_full(self, missing: list[Tensor]) -> None:
+        """Compute and keep the full model's distributions of these windows."""
+        if not missing:
+            return
+        model = self.full.load()
+        check_arm(Arm("full", model), self.windows)
+        vocab = model.config.get_text_config(decoder=True).vocab_size
+        check_top(self.store.top, vocab)
+        self.store.check_room(sum(ids.numel() for ids in missing), vocab=vocab, dtype=model.dtype)
+        for ids in missing:
+            with torch.inference_mode():
+                logits, _ = forward(Arm("full", model), ids, hidden=False)
+                self.store.write(ids, logits)
+
+    def measure(self, checkpoint: Checkpoint, arms: list[StoredArm], columns: dict[str, _Column]) -> None:
         """Measure what is missing of one checkpoint's arms."""
         missing = [i for i in range(len(self.batches)) if any(columns[arm.name][i] is None for arm in arms)]
         if not missing:
             return
         model = checkpoint.load()
         for arm in arms:
-            check_arm(Arm(arm.name, model, arm.kv, arm.skip), windows)
+            check_arm(Arm(arm.name, model, arm.kv, arm.skip), self.windows)
         for i in missing:
             batch = self.batches[i]
             for skip in dict.fromkeys(arm.skip for arm in arms):
@@ -203,8 +201,12 @@ class _Run:
                         self.keep(arm.name, i, columns[arm.name], vars(metrics))
 
     def stored(self, batch: _Batch, skip: int) -> Given:
-        """The full model's distributions of one batch without its first tokens, which must be there."""
-        given = self.store.read(batch.ids[:, skip:])
+        """The full model's distributions of one batch without its first tokens, computed again where spoilt."""
+        ids = batch.ids[:, skip:]
+        given = self.usable(partial(self.store.read, ids))
+        if given is None:
+            self.store_full([ids])
+            given = self.store.read(ids)
         if given is None:
             raise IntactKVError(f"a file of {self.store.folder} was removed meanwhile; run the same command again")
         return given

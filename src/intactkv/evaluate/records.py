@@ -43,24 +43,36 @@ def write_record(folder: Path, about: Mapping[str, Any], tensors: Mapping[str, T
     return path
 
 
+def has_record(folder: Path, about: Mapping[str, Any]) -> bool:
+    """Whether `folder` has a file of `about`, by its header alone: `read_record` says whether its tensors are whole.
+
+    Raises `IntactKVError` for a file that is truncated, or is about something else.
+    """
+    return _opened(folder, about, tensors=False) is not None
+
+
 def read_record(folder: Path, about: Mapping[str, Any]) -> dict[str, Tensor] | None:
     """The tensors of `about`, or None where there is no such file.
 
     Raises `IntactKVError` for a file that is truncated, was changed, or is about something else.
     """
+    return _opened(folder, about, tensors=True)
+
+
+def _opened(folder: Path, about: Mapping[str, Any], *, tensors: bool) -> dict[str, Tensor] | None:
     path = folder / f"{key_of(about)}.safetensors"
     if not path.is_file():
         return None
     try:
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {})["intactkv"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            found = {name: file.get_tensor(name) for name in file.keys()} if tensors else {}  # noqa: SIM118 (not a dict)
         claimed = {name: value for name, value in header.items() if name != "digest"}
-        whole = content_digest(header, tensors) == header["digest"]
+        whole = not tensors or content_digest(header, found) == header["digest"]
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise IntactKVError(f"{path} is truncated or no record of ours ({error}); remove it") from error
     if claimed != {"version": _VERSION, **about}:
         raise IntactKVError(f"{path} holds something else than its name says; remove it")
     if not whole:
         raise IntactKVError(f"{path} was changed after it was written; remove it")
-    return tensors
+    return found

@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from intactkv.evaluate.metrics import TokenMetrics, full_metrics, token_metrics
-from intactkv.evaluate.records import read_record, write_record
+from intactkv.evaluate.records import has_record, read_record, write_record
 from intactkv.evaluate.truncated import Top, token_bytes, top, top_metrics
 from intactkv.kv import IntactKVError
 
@@ -73,6 +73,10 @@ class Store:
     full: str
     top: int | None = None
     most_bytes: int = 50 * 2**30
+
+    def has(self, ids: Int[Tensor, "window length"]) -> bool:
+        """Whether there is a file for each of these windows, by their headers; `read` checks what they hold."""
+        return all(has_record(self.folder, self._about(row)) for row in ids)
 
     def read(self, ids: Int[Tensor, "window length"]) -> Given | None:
         """The distributions of these windows, or None where one is missing.
