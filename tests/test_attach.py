@@ -14,7 +14,14 @@ from models import PREFIX, VOCAB, build, by_name, padded, prompts, reference_cac
 from test_laws import differ, rows
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
-from transformers import DynamicCache, PreTrainedModel, QuantizedCache, StaticCache
+from transformers import (
+    ContinuousBatchingConfig,
+    DynamicCache,
+    GenerationConfig,
+    PreTrainedModel,
+    QuantizedCache,
+    StaticCache,
+)
 
 from intactkv import IntactKV, IntactKVError, attach, capture, detach
 from intactkv.attachment import is_attached
@@ -815,3 +822,46 @@ def test_attach_refuses_what_is_no_causal_lm_and_another_model(pair: Any) -> Non
         attach(t5, kv)
     with pytest.raises(IntactKVError, match="num_hidden_layers=3"):
         attach(build(by_name("llama-gqa"), num_hidden_layers=2), kv)
+
+
+def continuous(model: PreTrainedModel, rows: list[list[int]], **settings: Any) -> list[Any]:
+    """What `generate_batch` gives for these prompts, in their order."""
+    options = GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=VOCAB, pad_token_id=2)
+    batching = ContinuousBatchingConfig(num_blocks=64, **{"block_size": 32, **settings})
+    found = model.generate_batch(inputs=rows, generation_config=options, continuous_batching_config=batching)
+    return [found[name] for name in sorted(found, key=lambda name: int(name.rpartition("_")[2]))]
+
+
+def test_continuous_batching_generates_what_single_prompts_do(recwarn: pytest.WarningsRecorder) -> None:
+    """Prompts are packed into one row, later ones beside decoding steps of earlier ones, over a paged cache."""
+    full = build(by_name("llama-gqa"))
+    model, kv = rounded(full), capture(full, PREFIX)
+    more = torch.randint(8, VOCAB, (12, 9), generator=torch.Generator().manual_seed(4)).tolist()
+    rows = [[*PREFIX, *tokens[: 2 + i % 5]] for i, tokens in enumerate(more)] + [more[0]]
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": VOCAB, "pad_token_id": 2}
+
+    def singly() -> list[list[int]]:
+        return [model.generate(torch.tensor([row]), **options)[0, len(row) :].tolist() for row in rows]
+
+    plain = singly()
+    with attach(model, kv):
+        intact = singly()
+    assert sum(a != b for a, b in zip(plain, intact, strict=True)) >= 3
+    assert [found.generated_tokens for found in continuous(model, rows)] == plain
+    recwarn.clear()
+    with attach(model, kv):
+        assert [found.generated_tokens for found in continuous(model, rows[:-1])] == intact[:-1]
+        assert [w for w in recwarn if "no row begins" in str(w.message)] == []
+        assert [found.generated_tokens for found in continuous(model, rows, max_requests_per_batch=3)] == intact
+
+
+@pytest.mark.parametrize(
+    "settings", [{"max_batch_tokens": 12}, {"block_size": 4, "max_requests_per_batch": 1}], ids=["chunks", "blocks"]
+)
+def test_a_prefix_in_pieces_is_refused_in_continuous_batching(settings: dict[str, int]) -> None:
+    full = build(by_name("llama-gqa"))
+    model, prefix = rounded(full), list(range(8, 17))
+    rows = [[*prefix, 20 + i, 30 + i] for i in range(4)]
+    with attach(model, capture(full, prefix)):
+        errors = [found.error for found in continuous(model, rows, **settings)]
+    assert any("goes on with the prefix at position" in (error or "") for error in errors)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,9 @@ from huggingface_hub import HfApi
 from models import build, by_name
 from safetensors.torch import load_file, save_file
 
-from intactkv import IntactKVError
-from intactkv.load import device_named, dtype_named, load_model, load_model_on, load_tokenizer
+from intactkv import IntactKV, IntactKVError, attach, capture
+from intactkv.demo import MODEL
+from intactkv.load import checkpoint_digest, device_named, dtype_named, load_model, load_model_on, load_tokenizer
 
 CPU, CARD = torch.device("cpu"), torch.device("cuda:0")
 
@@ -95,9 +97,9 @@ def test_a_mistyped_name_is_told_at_once(tmp_path: Path, monkeypatch: pytest.Mon
     assert asked == [("smolm2-w3", {"timeout": 5})], "once, and not for long"
     with pytest.raises(IntactKVError, match=r"\./smolm2-w3 is not a folder; did you mean smollm2-w3\?"):
         load_model("./smolm2-w3")
-    (tmp_path / "model.gguf").write_bytes(b"GGUF")
-    with pytest.raises(IntactKVError, match=r"model\.gguf is a file, and a model is a folder here; of a GGUF"):
-        load_model("model.gguf")
+    (tmp_path / "model.bin").write_bytes(b"GGUF")
+    with pytest.raises(IntactKVError, match=r"model\.bin is a file; a model is a folder, a name on the Hub, or one"):
+        load_model("model.bin")
     assert len(asked) == 1
 
 
@@ -112,3 +114,65 @@ def test_a_bias_of_zeros_is_nothing_lost_and_any_other_is(tmp_path: Path) -> Non
     save_file({**tensors, name: torch.full((64,), 1e-3)}, file, metadata={"format": "pt"})
     with pytest.raises(IntactKVError, match=f"unexpected keys such as {name}"):
         load_model(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def ggufs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders `full`, `F16` and `Q8_0`, the last two with a `model.gguf` of the first."""
+    pytest.importorskip("gguf")
+    from backends import gguf
+
+    folder = tmp_path_factory.mktemp("gguf")
+    build(by_name("llama-gqa")).save_pretrained(folder / "full")
+    for kind in ("F16", "Q8_0"):
+        gguf(folder / "full", folder / kind, kind=kind)
+    return folder
+
+
+def test_a_gguf_of_floats_is_a_full_model_and_any_other_a_quantized_one(ggufs: Path, tmp_path: Path) -> None:
+    full, expected = ggufs / "F16" / "model.gguf", capture(ggufs / "full", [1, 5, 6])
+    kv = capture(full, [1, 5, 6])
+    for i, states in kv.layers.items():
+        for a, b in zip(states, expected.layers[i], strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=0.01)
+    model = load_model(ggufs / "Q8_0" / "model.gguf")
+    with attach(model, kv):
+        model(torch.tensor([[1, 5, 6, 9]]))
+    with pytest.raises(IntactKVError, match=r"quantized already \(gguf\)"):
+        capture(ggufs / "Q8_0" / "model.gguf", [1])
+    assert checkpoint_digest(full) != checkpoint_digest(ggufs / "Q8_0" / "model.gguf")
+    pytest.importorskip("llmcompressor")
+    from intactkv.quantize import PREFIX_KV, RTN, quantize
+
+    with pytest.raises(IntactKVError, match=r"quantized already \(gguf\)"):
+        quantize(ggufs / "Q8_0" / "model.gguf", tmp_path / "q", method=RTN(4, 32))
+    out = quantize(full, tmp_path / "q", method=RTN(8, 32), prefix=[1, 5])
+    assert torch.equal(IntactKV.load(out / PREFIX_KV).layers[0][0], capture(full, [1, 5]).layers[0][0])
+    load_model(out)
+
+
+def test_a_ggufs_tokenizer_is_the_one_beside_it(ggufs: Path, tmp_path: Path) -> None:
+    file = shutil.copy(ggufs / "Q8_0" / "model.gguf", tmp_path)
+    with pytest.raises(IntactKVError, match=r"model\.gguf has no tokenizer\.json beside it"):
+        load_tokenizer(file)
+    load_tokenizer(str(MODEL)).save_pretrained(tmp_path)
+    assert load_tokenizer(file)("word").input_ids == load_tokenizer(str(MODEL))("word").input_ids
+
+
+def test_commands_take_a_gguf(ggufs: Path, tmp_path: Path) -> None:
+    from test_cli import intactkv
+
+    full, quantized, kv = ggufs / "F16" / "model.gguf", ggufs / "Q8_0" / "model.gguf", tmp_path / "kv.safetensors"
+    load_tokenizer(str(MODEL)).save_pretrained(ggufs / "F16")
+    done = intactkv("capture", full, "--ids", "1,5", "-o", kv)  # of another model's tokenizer
+    assert "outside the vocabulary of 97; tokenize with this model's tokenizer" in done.stderr
+    tokenizer = json.loads((ggufs / "F16" / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"] = {token: i for token, i in tokenizer["model"]["vocab"].items() if i < 97}
+    tokenizer["model"]["merges"] = []
+    tokenizer["added_tokens"] = [token for token in tokenizer["added_tokens"] if token["id"] < 97]
+    (ggufs / "F16" / "tokenizer.json").write_text(json.dumps(tokenizer))
+    done = intactkv("capture", full, "--ids", "1,5", "-o", kv)
+    assert done.returncode == 0, done.stderr
+    done = intactkv("check", quantized, "--full", full, "--kv", kv)
+    assert done.returncode == 0, done.stderr
+    assert "same" in done.stdout

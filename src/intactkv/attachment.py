@@ -104,6 +104,7 @@ class Attachment:
         self._owner = kv.digest
         self._running = threading.local()  # one forward at a time and thread
         self._warned = False
+        self._cut: set[int] = set()  # where calls without a cache of transformers' have left a prefix half-way
         self._last_sites: tuple[Any, Sites, Tensor] | None = None
         self._signature = inspect.signature(model.forward)
         self._takes_positions = "position_ids" in self._signature.parameters
@@ -189,7 +190,7 @@ class Attachment:
                     f"gradient checkpointing replays the recurrent layers of {model.config.model_type} with their "
                     "final state; call gradient_checkpointing_disable() on the model"
                 )
-            if plan.packed and arguments.get("attention_mask") is None:
+            if plan.packed and arguments.get("attention_mask") is None and not _is_paged(arguments):
                 arguments["attention_mask"] = _packed_masks(model, arguments)
             arguments["past_key_values"] = call.pass_through_(model, checkpointing=checkpointing)
             arguments["use_cache"] = False
@@ -229,6 +230,10 @@ class Attachment:
         ids = _ids(arguments, past, progress)
         length, prefix = ids.shape[1], self._intact.ids(ids.device)
         mask, given = as_tensor(arguments.get("attention_mask")), arguments.get("position_ids")
+        if _is_paged(arguments):  # its mask is over the pages' slots, and its rows are packed without padding
+            mask = None
+            block = arguments["cache"].block_size
+            self._cut.update(range(block, len(prefix), block))  # whole blocks of another request may be shared
         if past == 0 and (quick := self._plan_unpadded(ids, prefix, mask, given, progress)) is not None:
             return quick
         real, positions = real_tokens(mask, ids, past), token_positions(mask, given, ids, past)
@@ -255,6 +260,8 @@ class Attachment:
         restarts = sequence_starts(real, positions, matched) & ~first
         if past == 0:
             self._refuse(ids, prefix, real, positions, inside)
+            if arguments.get("past_key_values") is None:
+                self._refuse_continued(ids, prefix, real, positions, inside)
         if bool(inside.any()):
             self._refuse_unseen(mask, past, positions, inside, restarts, caches)
             if not self._takes_positions and model.config.model_type not in _ALIBI_BY_COLUMN and bool(shifted.any()):
@@ -267,7 +274,7 @@ class Attachment:
         if progress.until == NEVER and bool(real.any(1).all()):
             offset = torch.where(first, torch.arange(past, past + length, device=ids.device) - positions, -NEVER)
             progress.until = int(offset.max()) + len(prefix)
-            if past == 0:
+            if past == 0 and bool((real & (positions == 0)).any()):
                 self._warn_once(progress.matched, real.sum(1))
         progress.done = past + length >= progress.until
         padded = padded and bool((progress.matched > 0).any())
@@ -297,6 +304,8 @@ class Attachment:
             self._refuse_position(ids.shape[1] - 1)
         progress.until, progress.padded = len(prefix), False
         progress.done = ids.shape[1] >= len(prefix)
+        if all_agree and not progress.done:
+            self._cut.add(ids.shape[1])
         if not all_agree:
             self._warn_once(progress.matched, torch.tensor(ids.shape[1]))
         return _Plan(sites, None, False, ids.shape[1])
@@ -368,6 +377,25 @@ class Attachment:
                 f"the attention mask hides the prefix of row {int(hidden.nonzero()[0])} (is the pad token one of its "
                 "tokens?); set the mask to 1 there, or pad with another token"
             )
+
+    def _refuse_continued(self, ids: Tensor, prefix: Tensor, real: Tensor, positions: Tensor, inside: Tensor) -> None:
+        """Refuse a prefix that an earlier call has begun and this one goes on with, without a cache that says so.
+
+        Continuous batching (`generate_batch`) keeps its cache to itself and may cut a prompt into several calls.
+        """
+        follows = torch.zeros_like(real)
+        follows[:, 1:] = real[:, 1:] & real[:, :-1] & (positions[:, 1:] == positions[:, :-1] + 1)
+        begins = real & ~follows & (positions > 0) & (positions < len(prefix))
+        if self._cut and bool(begins.any()):
+            goes_on = begins & (ids == prefix[positions.clamp(0, len(prefix) - 1)])
+            for position in self._cut.intersection(positions[goes_on].tolist()):
+                raise IntactKVError(
+                    f"this call goes on with the prefix at position {position}, whose beginning an earlier call held "
+                    "(continuous batching cuts prompts into chunks and shares blocks): let one call hold a whole "
+                    "prefix, with a larger max_batch_tokens, and block_size above the prefix's length"
+                )
+        ends = real & ~torch.cat([follows[:, 1:], torch.zeros_like(real[:, :1])], 1)
+        self._cut.update((positions[inside & ends & (positions < len(prefix) - 1)] + 1).tolist())
 
     def _refuse_unseen(
         self, mask: Tensor | None, past: int, positions: Tensor, inside: Tensor, restarts: Tensor, caches: bool
@@ -476,6 +504,11 @@ def _unpadded(mask: Tensor | None, given: Tensor | None, ids: Tensor) -> list[Te
     found = [] if mask is None else [mask.bool().all()]
     found += [] if given is None else [(given == slots(ids, 0)).all()]
     return [condition.to(ids.device) for condition in found]
+
+
+def _is_paged(arguments: dict[str, Any]) -> bool:
+    """Whether this is a call of continuous batching (`generate_batch`), which keeps a paged cache of its own."""
+    return arguments.get("cache") is not None and arguments.get("past_key_values") is None
 
 
 def _by_name(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -61,7 +61,7 @@ def capture_command(
     dtype: DType = "auto",
 ) -> None:
     """Let the full-precision MODEL compute the keys and values of a prefix, and save them."""
-    from intactkv.capturing import capture
+    from intactkv.capturing import capture, refuse_quantized
     from intactkv.demo import TEXT
     from intactkv.load import device_named, first_tokens, load_model_on, load_tokenizer, read_text
     from intactkv.pivots import without_pivot
@@ -78,6 +78,8 @@ def capture_command(
         dtype = "float32"  # so few tokens take no time, and bfloat16 costs a value up to 0.4 % of itself
     with console.status(f"loading {model}"):
         full = load_model_on(model, device, dtype=dtype)
+    if not allow_quantized:
+        refuse_quantized(full.config)
     if auto:
         from intactkv.pivots import discover
 
@@ -85,9 +87,9 @@ def capture_command(
             chosen = discover(full, tokenizer, text)
     with console.status(f"capturing {len(chosen)} tokens"):
         kv = capture(full, chosen, tokenizer=tokenizer, allow_quantized=allow_quantized)
-        kv.save(out)
         tokens = first_tokens(tokenizer, text, 4096)
         idle = without_pivot(full, behind(chosen, tokens), size=len(chosen))
+        kv.save(out)
     console.print(f"{out}: {kv}")
     console.print(f"prefix {chosen} = {tokenizer.decode(chosen)!r}", markup=False)
     if idle is not None:

@@ -43,12 +43,13 @@ _ROWS = (".jsonl", ".json", ".parquet")  # files whose rows have a `text` field
 
 
 def load_model(source: str | os.PathLike[str], *, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
-    """A causal LM in eval mode from a folder or hub name, quantized checkpoints included.
+    """A causal LM in eval mode from a folder, a hub name or a GGUF file, quantized checkpoints included.
 
+    Of a GGUF transformers makes a dense model; it counts as quantized unless all its tensors are floating-point.
     Rotations that a compressed-tensors checkpoint wants done while the model runs, which transformers drops, are put
     back. A checkpoint made for its intact KV warns once when it runs without. Raises `IntactKVError` where there is no
-    model, and where the checkpoint and transformers' model do not hold
-    the same tensors: what is missing would be random, what is unexpected would be dropped.
+    model, and where the checkpoint and transformers' model do not hold the same tensors: what is missing would be
+    random, what is unexpected would be dropped.
     """
     model, losses = load_with_losses(source, dtype=dtype)
     for kind, names in losses.items():
@@ -68,8 +69,11 @@ def load_with_losses(
     _check_packing(source)
     try:
         with _quiet():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True)
+            folder, options = _located(source)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True, **options)
             model, report = loaded
+            if options and _holds_floats(source):
+                _forget_gguf_(model)
             restored: set[str] = set()
             if getattr(model.config, "quantization_config", None) is not None:
                 with torch.no_grad():  # some checkpoints unpack, with a progress bar, at their first forward
@@ -129,7 +133,9 @@ def _check_packing(source: str | os.PathLike[str]) -> None:
 
 
 def _weight_files(source: str | os.PathLike[str]) -> Iterator[Any]:
-    """The safetensors files of a folder or hub name, open one after the other."""
+    """The safetensors files of a folder or hub name, open one after the other; a GGUF has none."""
+    if _is_gguf(source):
+        return
     folder = source if Path(source).is_dir() else snapshot_download(str(source), allow_patterns="*.safetensors")
     for path in sorted(Path(folder).glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
@@ -237,10 +243,20 @@ def _computes_bfloat16() -> bool:
 
 
 def load_tokenizer(source: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder or hub name. Raises `IntactKVError` where there is none."""
+    """The tokenizer of a folder or hub name, or of the folder that a GGUF lies in. Raises `IntactKVError` without one.
+
+    Never the tokenizer that transformers reads out of a GGUF, which can be another than the model's: 5.17 splits the
+    text of Gemma 3's into characters and takes `<|im_start|>` for the end of SmolLM2's.
+    """
     _check_exists(source)
+    folder, options = _located(source)
+    if options and not any((Path(folder) / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        raise IntactKVError(
+            f"{source} has no tokenizer.json beside it, and the tokenizer that transformers reads out of a GGUF can be "
+            "another than the model's; put the model's tokenizer.json and tokenizer_config.json there"
+        )
     try:
-        return AutoTokenizer.from_pretrained(source)
+        return AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise IntactKVError(f"{source} has no tokenizer that can be loaded: {first_line(error)}") from error
 
@@ -273,10 +289,11 @@ def first_tokens(tokenizer: PreTrainedTokenizerBase, text: str, count: int | Non
 
 
 def config_of(source: str | os.PathLike[str]) -> PreTrainedConfig | None:
-    """The configuration of a folder or hub name, without the model; None where loading will say what is wrong."""
+    """A source's configuration, without the model; None where loading will say what is wrong."""
     _check_exists(source)
+    folder, options = _located(source)
     try:
-        return AutoConfig.from_pretrained(source)
+        return AutoConfig.from_pretrained(folder, **options)
     except (OSError, ValueError, KeyError):
         return None
 
@@ -313,20 +330,13 @@ def _texts(path: Path) -> list[str]:
 
 
 def checkpoint_digest(source: str | os.PathLike[str], *, progress: Callable[[int, int], None] | None = None) -> str:
-    """SHA-256 over the configuration and the weight files of a folder or hub name, without loading the model.
+    """SHA-256 over the configuration and the weight files of a folder or hub name, or over a GGUF, without loading it.
 
     `progress(done, total)` counts bytes. Raises `IntactKVError` where there are none.
     """
     _check_exists(source)
     try:
-        folder = Path(source if Path(source).is_dir() else _downloaded(str(source)))
-        beside = set(folder.glob("*.intactkv.safetensors"))  # an intact KV that `quantize` put there is no weight
-        files = sorted(set(folder.glob("*.safetensors")) - beside) or sorted(folder.glob("*.bin"))
-        if not files:
-            raise IntactKVError(
-                f"{source} holds no weights (*.safetensors or *.bin); give a model's folder or Hub name"
-            )
-        files.insert(0, folder / "config.json")
+        files = [Path(source)] if _is_gguf(source) else _files(source)
         sha, done, total = hashlib.sha256(), 0, sum(file.stat().st_size for file in files)
         for path in files:
             sha.update(f"\n{path.name} {path.stat().st_size}\n".encode())
@@ -341,6 +351,41 @@ def checkpoint_digest(source: str | os.PathLike[str], *, progress: Callable[[int
             raise
         raise IntactKVError(f"the weights of {source} cannot be read: {first_line(error)}") from error
     return sha.hexdigest()
+
+
+def _files(source: str | os.PathLike[str]) -> list[Path]:
+    """A folder's or Hub model's configuration and weight files."""
+    folder = Path(source if Path(source).is_dir() else _downloaded(str(source)))
+    beside = set(folder.glob("*.intactkv.safetensors"))  # an intact KV that `quantize` put there is no weight
+    files = sorted(set(folder.glob("*.safetensors")) - beside) or sorted(folder.glob("*.bin"))
+    if not files:
+        raise IntactKVError(f"{source} holds no weights (*.safetensors or *.bin); give a model's folder or Hub name")
+    return [folder / "config.json", *files]
+
+
+def _located(source: str | os.PathLike[str]) -> tuple[str | os.PathLike[str], dict[str, str]]:
+    """What transformers' `from_pretrained` is given for a source: a folder or hub name, and the GGUF file in it."""
+    path = Path(source)
+    return (path.parent, {"gguf_file": path.name}) if _is_gguf(source) else (source, {})
+
+
+def _is_gguf(source: str | os.PathLike[str]) -> bool:
+    return Path(source).suffix == ".gguf" and Path(source).is_file()
+
+
+def _holds_floats(source: str | os.PathLike[str]) -> bool:
+    """Whether no tensor of a GGUF is quantized."""
+    from gguf import GGUFReader
+
+    return {tensor.tensor_type.name for tensor in GGUFReader(source).tensors} <= {"F64", "F32", "F16", "BF16"}
+
+
+def _forget_gguf_(model: PreTrainedModel) -> None:
+    """Make a model that was read from floating-point tensors one like any other: not quantized, and to be saved."""
+    del model.config.quantization_config
+    for name in ("hf_quantizer", "is_quantized", "quantization_method"):
+        if name in vars(model):
+            delattr(model, name)
 
 
 def _downloaded(name: str) -> str:
@@ -377,10 +422,11 @@ def _check_exists(source: str | os.PathLike[str]) -> None:
     if Path(text).is_dir():
         return
     if Path(text).is_file():
-        raise IntactKVError(
-            f"{text} is a file, and a model is a folder here; of a GGUF, save what transformers makes of it "
-            "(from_pretrained(folder, gguf_file=…)) with its tokenizer into one"
-        )
+        if not _is_gguf(source):
+            raise IntactKVError(f"{text} is a file; a model is a folder, a name on the Hub, or one .gguf file")
+        if find_spec("gguf") is None:
+            raise IntactKVError(f"reading {text} needs gguf: pip install 'intactkv[gguf]'")
+        return
     looks_like_a_path = text.startswith((".", "~", os.sep)) or text.count("/") > 1 or isinstance(source, Path)
     here = Path(text).parent if Path(text).parent.is_dir() else Path()
     near = difflib.get_close_matches(Path(text).name, [p.name for p in here.iterdir() if p.is_dir()], n=1)

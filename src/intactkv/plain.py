@@ -30,6 +30,8 @@ def made_for_prefix(source: str | os.PathLike[str]) -> dict[str, Any] | None:
     of the calibration text: of the full model, and of the quantized one `with_kv` and `without_kv`.
     """
     path = Path(source) / RECIPE
+    if Path(source).is_file():
+        return None  # a GGUF says nothing of it
     if not Path(source).is_dir():
         try:
             path = Path(hf_hub_download(str(source), RECIPE))

@@ -1,9 +1,11 @@
-"""How many positions a model knows. Beyond them learned ones fail and rotary ones go wrong without a word."""
+"""Which ids and how many positions a model knows. Beyond them it fails, or goes wrong without a word."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
+from jaxtyping import Int
+from torch import Tensor
 from transformers import PreTrainedConfig
 
 from intactkv.error import IntactKVError
@@ -38,3 +40,14 @@ def check_positions(config: PreTrainedConfig, count: int, what: str) -> None:
             f"{what} takes {count} positions, but {config.model_type} has {limit} (max_position_embeddings and RoPE "
             "scaling): beyond them its output is wrong or fails; use fewer tokens, or a model made for more"
         )
+
+
+def check_tokens(config: PreTrainedConfig, ids: Int[Tensor, "window token"], what: str) -> None:
+    """As `check_positions` for windows, each of which `what` names, and for ids that are not in the vocabulary."""
+    smallest, largest, vocab = int(ids.min()), int(ids.max()), config.get_text_config(decoder=True).vocab_size
+    if smallest < 0 or largest >= vocab:
+        raise IntactKVError(
+            f"{what} holds ids from {smallest} to {largest}, outside the vocabulary of {vocab}; tokenize with this "
+            "model's tokenizer"
+        )
+    check_positions(config, ids.shape[1], what)

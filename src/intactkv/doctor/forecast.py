@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from intactkv.decoder import blocks
 from intactkv.evaluate import prefixed_windows
 from intactkv.kv import IntactKVError
-from intactkv.positions import check_positions, most_positions
+from intactkv.positions import check_positions, check_tokens, most_positions
 
 if TYPE_CHECKING:
     from compressed_tensors.quantization import QuantizationArgs
@@ -80,6 +80,7 @@ def forecast(
     check_positions(full.config, len(prefix) + 1, f"a prefix of {len(prefix)} tokens and one later token")
     window = min(WINDOW, len(prefix) + len(tokens), most_positions(full.config) or WINDOW)
     ids = prefixed_windows(tokens, prefix=prefix, window=window).ids[:WINDOWS]
+    check_tokens(full.config, ids, "a window")
     shares = prefix_shares(full, linears, ids[:SHARE_WINDOWS], len(prefix))
     if not shares:
         raise IntactKVError(f"no torch.nn.Linear of {type(full).__name__} sees tokens in their places to forecast from")

@@ -28,7 +28,7 @@ from intactkv.evaluate.metrics import (
 )
 from intactkv.evaluate.windows import Windows
 from intactkv.kv import IntactKV, IntactKVError
-from intactkv.positions import check_positions
+from intactkv.positions import check_tokens
 
 FULL = ("full", "full bare")
 
@@ -332,14 +332,7 @@ def check_names(names: Sequence[str], batch_size: int) -> None:
 
 def check_arm(arm: Arm, windows: Windows) -> None:
     """Raise `IntactKVError` where `arm` cannot be measured on `windows`."""
-    smallest, largest = int(windows.ids.min()), int(windows.ids.max())
-    vocab = arm.model.config.get_text_config(decoder=True).vocab_size
-    if smallest < 0 or largest >= vocab:
-        raise IntactKVError(
-            f"the windows hold ids from {smallest} to {largest}, outside the vocabulary of {vocab} of arm "
-            f"{arm.name!r}; tokenize with this model's tokenizer"
-        )
-    check_positions(arm.model.config, windows.ids.shape[1], f"a window of arm {arm.name!r}")
+    check_tokens(arm.model.config, windows.ids, f"a window of arm {arm.name!r}")
     if arm.model.training:
         raise IntactKVError(f"the model of arm {arm.name!r} is in training mode; call model.eval() first")
     if is_attached(arm.model):

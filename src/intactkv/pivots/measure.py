@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from intactkv.decoder import blocks, key_bias, watched_outputs
 from intactkv.kv import IntactKVError
 from intactkv.pivots.attention import LONGEST_MAP, Attended, Blocks, watched_attention
-from intactkv.positions import check_positions
+from intactkv.positions import check_tokens
 from intactkv.record import Watched
 
 TOKENS_AT_ONCE = 4096
@@ -100,7 +100,7 @@ def measure(model: PreTrainedModel, ids: Int[Tensor, "window token"]) -> PivotMa
     """
     if ids.ndim != 2 or ids.shape[1] < 2 or not len(ids):
         raise IntactKVError(f"ids has shape {tuple(ids.shape)}; give (window, token) with at least two tokens each")
-    check_positions(model.config, ids.shape[1], "a window")
+    check_tokens(model.config, ids, "a window")
     if model.training:
         raise IntactKVError("the model is in training mode, which makes measurements random; call model.eval() first")
     parts = [_measure_batch(model, part) for part in ids.split(max(1, TOKENS_AT_ONCE // ids.shape[1]))]

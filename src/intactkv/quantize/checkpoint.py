@@ -21,12 +21,8 @@ from typing import Any
 
 import torch
 from jaxtyping import Int
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -35,9 +31,9 @@ from intactkv.capturing import capture, checked_ids, refuse_quantized
 from intactkv.evaluate.windows import prefixed_windows
 from intactkv.files import check_folder
 from intactkv.kv import IntactKV, IntactKVError, weights_digest
-from intactkv.load import first_tokens, load_with_losses
+from intactkv.load import config_of, first_tokens, load_model, load_tokenizer, load_with_losses
 from intactkv.plain import PREFIX_KV, RECIPE
-from intactkv.positions import check_positions, most_positions
+from intactkv.positions import check_tokens, most_positions
 from intactkv.quantize.aware import PrefixAware
 from intactkv.quantize.compress import compress_
 from intactkv.quantize.made_for import MadeFor, check_weight
@@ -67,7 +63,7 @@ def quantize(
         model = load_model("Llama-3.1-8B-W3")
         attach(model, IntactKV.load("Llama-3.1-8B-W3/prefix.intactkv.safetensors"))
 
-    `model` is a folder, a name on the Hub, or a model in memory, and stays as it is. Embeddings and output
+    `model` is a folder, a name on the Hub, a GGUF file, or a model in memory, and stays as it is. Embeddings and output
     head are not quantized. llm-compressor works in `dtype`, by default the one the model was saved in: in bfloat16 the
     error can exceed scale/2, at 8 bits two- to threefold. `device` is where it computes, None: an accelerator if there
     is one. Tokenizer files come along unless the model was in memory.
@@ -110,6 +106,9 @@ def quantize(
         else:
             source, name = Path(model), str(model)
         full, tokenizer = _load(source, dtype), _tokenizer(source)
+        if source.is_file():  # llm-compressor looks for a configuration beside the weights, which a GGUF has inside
+            full.name_or_path = full.config._name_or_path = str(Path(scratch) / "full")
+            full.config.save_pretrained(full.name_or_path)
         ids = None if prefix is None else checked_ids(prefix, full.config.get_text_config(decoder=True).vocab_size)
         windows, held_out = _windows(calibration, full, tokenizer, ids) if method.needs_calibration else (None, None)
         made_for = None
@@ -144,19 +143,18 @@ def quantize(
 
 def _load(source: Path, dtype: torch.dtype | str) -> PreTrainedModel:
     """The full model, fresh from its checkpoint."""
-    try:
-        refuse_quantized(AutoConfig.from_pretrained(source))
-        return AutoModelForCausalLM.from_pretrained(source, dtype=dtype).eval()
-    except IntactKVError:
-        raise
-    except (OSError, ValueError, SafetensorError) as error:
-        raise IntactKVError(f"{source} is neither a model's folder nor a model on the Hub that can be read") from error
+    config = config_of(source)
+    if config is not None:
+        refuse_quantized(config)
+    model = load_model(source, dtype=dtype)
+    refuse_quantized(model.config)  # of a GGUF only its tensors tell
+    return model
 
 
 def _tokenizer(source: Path) -> PreTrainedTokenizerBase | None:
     try:
-        return AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, KeyError, ImportError):  # a model without one can be quantized all the same
+        return load_tokenizer(source)
+    except IntactKVError:  # a model without one can be quantized all the same
         return None
 
 
@@ -167,7 +165,6 @@ def _windows(
     prefix: Tensor | None,
 ) -> tuple[Int[Tensor, "window token"], Int[Tensor, "window token"]]:
     """The calibration as checked token windows on the CPU, and others of the same text if there is more of it."""
-    config = full.config.get_text_config(decoder=True)
     if isinstance(calibration, str):
         if tokenizer is None:
             raise IntactKVError("calibration is text, but the model has no tokenizer beside it; give token windows")
@@ -178,6 +175,7 @@ def _windows(
         tokens = first_tokens(tokenizer, calibration, 2 * _WINDOWS * window)  # as many again are held out
         window = min(window, len(tokens) + len(start))
         windows = prefixed_windows(tokens, prefix=start, window=window).ids
+        check_tokens(full.config, windows, "a calibration window")
         return windows[:_WINDOWS], windows[_WINDOWS:] if len(windows) > _WINDOWS else windows
     windows = torch.as_tensor(calibration).cpu()
     if windows.ndim != 2 or windows.dtype != torch.int64 or windows.numel() == 0:
@@ -185,12 +183,7 @@ def _windows(
             f"calibration is {windows.dtype} of shape {tuple(windows.shape)}; it must be non-empty int64 of shape "
             "(window, token), such as prefixed_windows(…).ids, or a text"
         )
-    if int(windows.min()) < 0 or int(windows.max()) >= config.vocab_size:
-        raise IntactKVError(
-            f"calibration holds ids from {int(windows.min())} to {int(windows.max())}, outside the vocabulary of "
-            f"{config.vocab_size}; tokenize with this model's tokenizer"
-        )
-    check_positions(full.config, windows.shape[1], "a calibration window")
+    check_tokens(full.config, windows, "a calibration window")
     return windows, windows
 
 
