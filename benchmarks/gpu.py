@@ -34,7 +34,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, PreTrainedModel, QuantizedCache, StaticCache
 
 from intactkv import IntactKV, PackedCache, Packing, attach, read_packed
-from intactkv.kv import fingerprint
+from intactkv.artifact.fingerprint import fingerprint
 from intactkv.packed import cache as cache_module
 from intactkv.packed import kernel
 from intactkv.packed.attention import Partial

@@ -26,12 +26,13 @@ import typer
 from torch import Tensor
 
 from intactkv import IntactKV, bos, chat_prefix, text_prefix
+from intactkv.artifact.hub import FILE as PREFIX_KV
+from intactkv.attaching.plain import made_for_prefix
 from intactkv.calibrate import Objective, Settings, calibrate, split, text_samples
 from intactkv.evaluate import Arm, Evaluation, Windows, evaluate, prefixed_windows
 from intactkv.evaluate.metrics import summary
 from intactkv.files import write_atomically
 from intactkv.load import device_named, load_model_on, load_tokenizer, read_text
-from intactkv.plain import PREFIX_KV, made_for_prefix
 from intactkv.quantize import AWQ, GPTQ, RTN, AutoRound, Method, Rotated, SmoothQuant, quantize
 
 GROUP, LEARN, WINDOW, WINDOWS = 64, 128, 512, 150

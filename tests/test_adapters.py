@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from intactkv import attach, capture
-from intactkv.adapters import adapters
+from intactkv.attaching.adapters import adapters
 
 
 class LikeLora(nn.Module):

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from intactkv import IntactKV, IntactKVError, attach, capture, detach
-from intactkv.attachment import is_attached
+from intactkv.attaching.handle import is_attached
 
 P, TOLERANCE = len(PREFIX), 1e-5
 

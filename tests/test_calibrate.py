@@ -17,6 +17,7 @@ from models import PREFIX, VOCAB, build, by_name, make_pair, prompts, reference_
 from torch import Tensor, nn
 
 from intactkv import IntactKV, IntactKVError, attach, capture
+from intactkv.artifact.digest import weights_digest
 from intactkv.calibrate import Objective, Report, Sample, Samples, Settings, Split, calibrate, spool, spool_bytes
 from intactkv.calibrate.activations import activations_fit
 from intactkv.calibrate.backward import effective_weight, frozen, straight_through
@@ -28,7 +29,6 @@ from intactkv.calibrate.step import gradients_, order, step_, with_tensors
 from intactkv.calibrate.targets import Live
 from intactkv.calibrate.train import _start
 from intactkv.evaluate import TokenMetrics
-from intactkv.kv import weights_digest
 
 P = len(PREFIX)
 KL, BLOCKS, BOTH = Objective(blocks=0, kl=1), Objective(), Objective(blocks=1, kl=1)

@@ -16,10 +16,11 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from intactkv.attachment import attach, is_attached
+from intactkv.artifact import IntactKV
+from intactkv.attaching.handle import attach, is_attached
 from intactkv.capturing import capture
+from intactkv.error import IntactKVError
 from intactkv.evaluate import Arm, Windows, evaluate, paper_windows, prefixed_windows, three_arms
-from intactkv.kv import IntactKV, IntactKVError
 
 PREFIX = [1, 5, 9]
 LENGTH = 24

@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from intactkv.locate import Sites, first_real, hidden_prefix, locate, sequence_starts
+from intactkv.attaching.locate import Sites, first_real, hidden_prefix, locate, sequence_starts
 
 many = settings(deadline=None, max_examples=120)
 PAD = 9

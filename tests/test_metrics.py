@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div
 
+from intactkv.error import IntactKVError
 from intactkv.evaluate import (
     TokenMetrics,
     difference_statistic,
@@ -24,7 +25,6 @@ from intactkv.evaluate import (
     summary_statistic,
     token_metrics,
 )
-from intactkv.kv import IntactKVError
 
 VOCAB = 29
 

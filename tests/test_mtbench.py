@@ -16,7 +16,7 @@ from test_cli import intactkv
 from test_conversations import CHATML, with_template
 
 from intactkv import IntactKV, IntactKVError, attach, bos, capture, chat_prefix
-from intactkv.attachment import is_attached
+from intactkv.attaching.handle import is_attached
 from intactkv.demo import MODEL
 from intactkv.load import load_model, load_tokenizer
 from intactkv.mtbench.answer import Answerer, Settings, answers, check_prefix

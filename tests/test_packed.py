@@ -22,7 +22,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from intactkv import IntactKVError, PackedCache, Packing, attach, capture, read_packed
-from intactkv.locate import NEVER
+from intactkv.attaching.locate import NEVER
 from intactkv.packed import fused
 from intactkv.packed.attention import Step, packed_attention
 from intactkv.packed.bits import quantize

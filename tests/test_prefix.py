@@ -13,7 +13,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import PreTrainedTokenizerFast
 
 from intactkv import bos, chat_prefix, text_prefix
-from intactkv.kv import IntactKVError
+from intactkv.error import IntactKVError
 
 SYSTEM = "You are a helpful assistant. Answer in 2 or 3 sentences"
 

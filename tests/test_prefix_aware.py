@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from intactkv import IntactKV, IntactKVError, attach, bos, capture
+from intactkv.attaching.locate import Sites
+from intactkv.attaching.plain import made_for_prefix
+from intactkv.attaching.substitute import IntactTensors, put
 from intactkv.decoder import blocks
 from intactkv.demo import MODEL, TEXT
 from intactkv.evaluate import command, prefixed_windows
 from intactkv.load import load_model, load_tokenizer, read_text
-from intactkv.locate import Sites
-from intactkv.plain import made_for_prefix
-from intactkv.substitute import IntactTensors, put
 
 pytest.importorskip("llmcompressor")
 
@@ -386,7 +386,7 @@ def test_a_repository_without_a_recipe_was_made_for_nothing(
     def missing(*args: Any) -> None:
         raise kind("no such file")
 
-    monkeypatch.setattr("intactkv.plain.hf_hub_download", missing)
+    monkeypatch.setattr("intactkv.attaching.plain.hf_hub_download", missing)
     assert made_for_prefix("somebody/model") is None
     for text in ("", "[]", '{"prefix_aware": 3}', "{"):
         (tmp_path / RECIPE).write_text(text)

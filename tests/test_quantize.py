@@ -24,7 +24,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from intactkv.kv import IntactKVError
+from intactkv.error import IntactKVError
 from intactkv.quantize import RTN, quantize
 
 pytest.importorskip("llmcompressor")

@@ -17,8 +17,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from intactkv import IntactKV, IntactKVError, attach, capture
+from intactkv.artifact.digest import weights_digest
 from intactkv.evaluate import Arm, evaluate, prefixed_windows, three_arms
-from intactkv.kv import weights_digest
 from intactkv.load import load_model
 
 pytest.importorskip("llmcompressor")

@@ -7,9 +7,10 @@ import torch
 from transformers import DynamicCache, LlamaConfig
 from transformers.cache_utils import DynamicLayer
 
-from intactkv.kv import IntactKV, IntactKVError
-from intactkv.locate import Progress, Sites
-from intactkv.substitute import IntactTensors, Substitution, put
+from intactkv.artifact import IntactKV
+from intactkv.attaching.locate import Progress, Sites
+from intactkv.attaching.substitute import IntactTensors, Substitution, put
+from intactkv.error import IntactKVError
 
 BATCH, HEAD, TOKEN, DIM, PREFIX = 2, 3, 5, 4, 2
 

@@ -9,25 +9,25 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from intactkv.attachment import Attachment, attach, detach
+    from intactkv.artifact import IntactKV
+    from intactkv.attaching.handle import Attachment, attach, detach
     from intactkv.capturing import capture
     from intactkv.error import IntactKVError
-    from intactkv.kv import IntactKV
     from intactkv.packed import PackedCache, Packing, read_packed
     from intactkv.pivots import discover
     from intactkv.prefix import bos, chat_prefix, text_prefix
 
 _HOME = {
-    "Attachment": "attachment",
-    "IntactKV": "kv",
+    "Attachment": "attaching.handle",
+    "IntactKV": "artifact",
     "IntactKVError": "error",
     "PackedCache": "packed.cache",
     "Packing": "packed.cache",
-    "attach": "attachment",
+    "attach": "attaching.handle",
     "bos": "prefix",
     "capture": "capturing",
     "chat_prefix": "prefix",
-    "detach": "attachment",
+    "detach": "attaching.handle",
     "discover": "pivots",
     "read_packed": "packed.reads",
     "text_prefix": "prefix",

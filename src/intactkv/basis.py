@@ -23,8 +23,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from intactkv.artifact import IntactKV
 from intactkv.decoder import forced_inputs, recorded_inputs
-from intactkv.kv import IntactKV, IntactKVError
+from intactkv.error import IntactKVError
 from intactkv.record import recorded
 from intactkv.relate import FLOOR, MIXED, REFUSE, Halves, Kind, nearest_rotation, relate, rescaled, slopes
 

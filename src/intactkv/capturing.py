@@ -12,9 +12,13 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from intactkv.adapters import adapters
-from intactkv.attachment import is_attached
-from intactkv.kv import IntactKV, IntactKVError, check_finite, fingerprint, weights_digest
+from intactkv.artifact import IntactKV
+from intactkv.artifact.data import check_finite
+from intactkv.artifact.digest import weights_digest
+from intactkv.artifact.fingerprint import fingerprint
+from intactkv.attaching.adapters import adapters
+from intactkv.attaching.handle import is_attached
+from intactkv.error import IntactKVError
 from intactkv.load import load_model
 from intactkv.positions import check_positions
 from intactkv.record import recorded
@@ -30,6 +34,7 @@ def capture(
     ids: Sequence[int] | Tensor,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    logits: bool = True,
     allow_quantized: bool = False,
 ) -> IntactKV:
     """The intact KV of the prefix `ids`, computed by `model` in one forward of P tokens.
@@ -37,7 +42,9 @@ def capture(
     `model` is the full-precision causal LM, or a path or hub name to load it from, in float32: so few tokens cost
     nothing, where bfloat16 would take up to 0.4 % off a value and float16 can overflow at a massive one. Layers are
     recorded at `Cache.update`, before a sliding window drops anything. `tokenizer`, if given, is remembered by its
-    digest. The model is left as it was, training mode included. A quantized model, whose keys and values are what an
+    digest. Without `logits` the artifact is smaller, by two thirds for a chat prefix, and an attached model gives its
+    own logits at prefix positions, the prediction of the first token after the prefix included; those after it are the
+    same. The model is left as it was, training mode included. A quantized model, whose keys and values are what an
     intact KV is to replace, is taken only with `allow_quantized`; the provenance then names its quantizer.
 
     Raises `IntactKVError` for ids that are no token ids of the vocabulary, for a path without a causal LM or with
@@ -68,7 +75,9 @@ def capture(
     _check_causal(model, prefix)
     layers = {i: (key[0].clone(), value[0].clone()) for i, (key, value) in batch.items()}
     check_finite(layers, "load the full model in float32 or bfloat16 and check its weights")
-    return IntactKV(prefix, layers, raw[0], fingerprint(model.config), _provenance(model, tokenizer))
+    return IntactKV(
+        prefix, layers, raw[0] if logits else None, fingerprint(model.config), _provenance(model, tokenizer)
+    )
 
 
 def _check_causal(model: PreTrainedModel, prefix: Tensor) -> None:

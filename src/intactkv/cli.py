@@ -143,8 +143,8 @@ def quantize_command(
 
     A method that learns from text makes a checkpoint for that KV, which should not be used without it.
     """
+    from intactkv.attaching.plain import made_for_prefix
     from intactkv.load import device_named, dtype_named, load_tokenizer, read_text
-    from intactkv.plain import made_for_prefix
     from intactkv.quantize import PREFIX_KV, chosen, quantize
 
     settings = chosen(
@@ -189,13 +189,13 @@ def check_command(
     dtype: DType = "auto",
 ) -> None:
     """Are MODEL's keys and values the full model's, rescaled or rotated ones, or another's? Refuses the last."""
+    from intactkv.artifact import IntactKV
     from intactkv.basis import align, basis, describe, show_noise
-    from intactkv.kv import IntactKV
     from intactkv.load import load_model_on
     from intactkv.report import basis_table
 
     check_outputs(out)
-    artifact = IntactKV.load(kv)
+    artifact = IntactKV.from_pretrained(kv)
     with console.status("reading the full model"):
         shown = show_noise(load_model_on(full, device, dtype=dtype))  # and drop it: one model is in memory at a time
     with console.status("comparing every layer and head"):
@@ -370,11 +370,11 @@ def calibrate_command(
     dtype: DType = "auto",
 ) -> None:
     """Train the intact KV to absorb what is left of MODEL's quantization error; keep it only if that helps."""
+    from intactkv.artifact import IntactKV
     from intactkv.calibrate import Settings
     from intactkv.calibrate import command as calibration
     from intactkv.calibrate.processes import is_main
     from intactkv.capturing import check_tokenizer
-    from intactkv.kv import IntactKV
     from intactkv.load import load_tokenizer
 
     check_outputs(out, checkpoint)
@@ -383,7 +383,7 @@ def calibrate_command(
             check_folder(folder)
     if objective not in calibration.OBJECTIVES:
         raise IntactKVError(f"--objective {objective!r} is not known; use {', '.join(calibration.OBJECTIVES)}")
-    artifact = IntactKV.load(kv)
+    artifact = IntactKV.from_pretrained(kv)
     check_tokenizer(artifact, load_tokenizer(full), full)
     found = calibration.run(
         model, full, artifact,
@@ -461,12 +461,12 @@ def generate_command(
     import torch
     from transformers import TextStreamer
 
+    from intactkv.artifact import IntactKV
     from intactkv.generate import continuation, encode
-    from intactkv.kv import IntactKV
     from intactkv.load import load_model_on, load_tokenizer
 
     tokenizer = load_tokenizer(model)
-    artifact = None if kv is None else IntactKV.load(kv)
+    artifact = None if kv is None else IntactKV.from_pretrained(kv)
     with console.status(f"loading {model}"):
         loaded = load_model_on(model, device, dtype=dtype)
     ids = encode(tokenizer, prompt, chat=chat, kv=artifact)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from intactkv.kv import IntactKVError
+from intactkv.error import IntactKVError
 
 
 def blocks(model: PreTrainedModel) -> list[nn.Module]:

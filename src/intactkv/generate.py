@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
-from intactkv.attachment import attach
-from intactkv.kv import IntactKV
+from intactkv.artifact import IntactKV
+from intactkv.attaching.handle import attach
 from intactkv.positions import check_positions
 
 

@@ -33,10 +33,9 @@ from transformers import (
 from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationMethod
 
-from intactkv.error import first_line
-from intactkv.kv import IntactKVError
+from intactkv.attaching.plain import warn_when_plain_
+from intactkv.error import IntactKVError, first_line
 from intactkv.lines import read_lines, read_utf8
-from intactkv.plain import warn_when_plain_
 
 _PER_TOKEN, _MARGIN = 6, 256  # characters that a token takes at first sight; tokens that a cut may change
 _ROWS = (".jsonl", ".json", ".parquet")  # files whose rows have a `text` field

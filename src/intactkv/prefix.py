@@ -14,7 +14,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from intactkv.kv import IntactKVError
+from intactkv.error import IntactKVError
 
 # Continuations that begin with different characters and classes of characters, so that a token that depends on what
 # follows does not survive in their longest common prefix.

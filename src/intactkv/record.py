@@ -10,7 +10,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from intactkv.kv import IntactKVError
+from intactkv.error import IntactKVError
 
 
 @torch.no_grad()

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from intactkv.attachment import attach
+from intactkv.artifact import IntactKV
+from intactkv.attaching.handle import attach
 from intactkv.calibrate.objective import Objective
 from intactkv.calibrate.outputs import Outputs, batched, outputs
 from intactkv.calibrate.samples import Sample
-from intactkv.kv import IntactKV
 
 
 class _TooMuch(Exception):

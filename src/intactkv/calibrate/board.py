@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from intactkv.calibrate.train import Report
-from intactkv.kv import IntactKVError
+from intactkv.error import IntactKVError
 
 
 @contextmanager

@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedModel
 
+from intactkv.artifact import IntactKV
 from intactkv.calibrate.board import board
 from intactkv.calibrate.conversations import conversation_samples
 from intactkv.calibrate.objective import Objective
@@ -20,7 +21,7 @@ from intactkv.calibrate.samples import Split, split, text_samples
 from intactkv.calibrate.step import Settings
 from intactkv.calibrate.targets import Spool, spool, spool_bytes
 from intactkv.calibrate.train import Report, calibrate
-from intactkv.kv import IntactKV, IntactKVError
+from intactkv.error import IntactKVError
 from intactkv.load import load_model_on, load_tokenizer
 from intactkv.screen import Screen, working
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from intactkv.calibrate.samples import Sample, Samples
-from intactkv.kv import IntactKVError
+from intactkv.error import IntactKVError
 from intactkv.lines import read_utf8
 
 _ROLES = {"human": "user", "user": "user", "system": "system"}

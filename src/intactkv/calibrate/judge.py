@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from intactkv.attachment import attach
+from intactkv.artifact import IntactKV
+from intactkv.attaching.handle import attach
 from intactkv.calibrate.outputs import batched, outputs
 from intactkv.calibrate.processes import share, sum_
 from intactkv.calibrate.samples import Samples
 from intactkv.calibrate.targets import Targets
+from intactkv.error import IntactKVError
 from intactkv.evaluate.metrics import (
     Interval,
     TokenMetrics,
@@ -23,7 +25,6 @@ from intactkv.evaluate.metrics import (
     paired_bootstrap,
     token_metrics,
 )
-from intactkv.kv import IntactKV, IntactKVError
 
 
 @torch.no_grad()

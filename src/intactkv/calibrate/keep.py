@@ -18,7 +18,7 @@ from torch import Tensor
 from intactkv.calibrate.outputs import Outputs
 from intactkv.calibrate.samples import Sample
 from intactkv.calibrate.targets import Live
-from intactkv.kv import IntactKVError
+from intactkv.error import IntactKVError
 
 
 class Kept:

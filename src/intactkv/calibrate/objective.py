@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from intactkv.calibrate.outputs import Outputs
-from intactkv.kv import IntactKVError
+from intactkv.error import IntactKVError
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from intactkv.calibrate.samples import Sample
 from intactkv.decoder import recorded_outputs
-from intactkv.kv import IntactKVError
+from intactkv.error import IntactKVError
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,8 +12,8 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from intactkv.error import IntactKVError
 from intactkv.evaluate.windows import prefixed_windows
-from intactkv.kv import IntactKVError
 from intactkv.load import first_tokens, read_text
 
 

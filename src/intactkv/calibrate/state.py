@@ -12,8 +12,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from intactkv.error import IntactKVError
 from intactkv.files import write_atomically
-from intactkv.kv import IntactKVError
 
 _VERSION = 1
 

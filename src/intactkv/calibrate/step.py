@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from intactkv.attachment import attach
+from intactkv.artifact import IntactKV
+from intactkv.attaching.handle import attach
 from intactkv.calibrate.backward import checkpointing
 from intactkv.calibrate.objective import Objective
 from intactkv.calibrate.outputs import batched, outputs
@@ -22,7 +23,7 @@ from intactkv.calibrate.processes import grouped, share, sum_
 from intactkv.calibrate.samples import Sample
 from intactkv.calibrate.state import State
 from intactkv.calibrate.targets import Targets
-from intactkv.kv import IntactKV, IntactKVError
+from intactkv.error import IntactKVError
 
 
 @dataclass(frozen=True)

@@ -22,11 +22,12 @@ from safetensors.torch import save
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from intactkv.artifact.digest import weights_digest
 from intactkv.calibrate.outputs import Outputs, batched, outputs
 from intactkv.calibrate.samples import Sample, Split
 from intactkv.decoder import blocks as blocks_of
+from intactkv.error import IntactKVError
 from intactkv.files import write_atomically
-from intactkv.kv import IntactKVError, weights_digest
 
 _ABOUT = "spool.json"
 

@@ -21,7 +21,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from intactkv.attachment import attach
+from intactkv.artifact import IntactKV
+from intactkv.artifact.digest import weights_digest
+from intactkv.attaching.handle import attach
 from intactkv.calibrate.activations import activations_fit
 from intactkv.calibrate.backward import backend_name, checkpointing, frozen, straight_through
 from intactkv.calibrate.judge import held_out_metrics, verdict_of
@@ -32,8 +34,8 @@ from intactkv.calibrate.samples import Split
 from intactkv.calibrate.state import State, load_state_, save_state
 from intactkv.calibrate.step import Settings, backward_, order, step_, with_tensors
 from intactkv.calibrate.targets import Live, Spool, Targets
+from intactkv.error import IntactKVError
 from intactkv.files import json_data
-from intactkv.kv import IntactKV, IntactKVError, weights_digest
 from intactkv.positions import check_positions
 
 _SAVE_SECONDS = 30.0

@@ -16,12 +16,13 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from intactkv.artifact import IntactKV
 from intactkv.capturing import capture
 from intactkv.demo import MODEL, TEXT
+from intactkv.error import IntactKVError
 from intactkv.evaluate import Arm, Evaluation, evaluate, prefixed_windows
 from intactkv.evaluate.plot import plot_kl_by_position
 from intactkv.generate import continuation, encode
-from intactkv.kv import IntactKV, IntactKVError
 from intactkv.load import checkpoint_digest, load_model, load_tokenizer, read_text
 from intactkv.pivots import first_token_pivots, measure
 from intactkv.prefix import bos

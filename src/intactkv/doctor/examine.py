@@ -15,12 +15,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from intactkv.artifact import IntactKV
 from intactkv.capturing import capture
 from intactkv.decoder import watched_outputs
 from intactkv.doctor.forecast import Forecast, forecast
+from intactkv.error import IntactKVError
 from intactkv.evaluate import Arm, Evaluation, Interval, Windows, evaluate, judge, prefixed_windows
 from intactkv.evaluate.verdict import Verdict
-from intactkv.kv import IntactKV, IntactKVError
 from intactkv.pivots.attention import Attended, Blocks, watched_attention
 from intactkv.pivots.classify import Diagnosis, diagnose, without_pivot
 from intactkv.pivots.discover import Trial, pieces, search

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from intactkv.decoder import blocks
+from intactkv.error import IntactKVError
 from intactkv.evaluate import prefixed_windows
-from intactkv.kv import IntactKVError
 from intactkv.positions import check_positions, check_tokens, most_positions
 
 if TYPE_CHECKING:

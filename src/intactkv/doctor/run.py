@@ -22,9 +22,9 @@ from intactkv.doctor.words import (
     prefix_sentence,
     verdict_sentences,
 )
+from intactkv.error import IntactKVError
 from intactkv.evaluate.verdict import RULE
 from intactkv.files import check_outputs, write_atomically
-from intactkv.kv import IntactKVError
 from intactkv.load import first_tokens, load_model_on, load_tokenizer, read_text
 from intactkv.pivots.discover import first_of_chat, opening
 from intactkv.report import arms_table, made_by, write_json

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from intactkv.decoder import blocks
-from intactkv.kv import IntactKVError
+from intactkv.error import IntactKVError
 
 GROUP_SIZE = 128
 

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from intactkv.artifact import IntactKV
+from intactkv.error import IntactKVError
 from intactkv.evaluate.compare import (
     FULL,
     Arm,
@@ -35,7 +37,6 @@ from intactkv.evaluate.metrics import TokenMetrics
 from intactkv.evaluate.records import read_record, write_record
 from intactkv.evaluate.stored import Given, Store, against_itself, check_top, compare, ids_digest, scored_mean
 from intactkv.evaluate.windows import Windows
-from intactkv.kv import IntactKV, IntactKVError
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,13 +11,15 @@ from typing import Any
 
 from rich.console import Console
 
+from intactkv.artifact import IntactKV
+from intactkv.attaching.plain import made_for_prefix
 from intactkv.capturing import check_tokenizer
+from intactkv.error import IntactKVError
 from intactkv.evaluate.cached import Checkpoint, StoredArm, Traces, evaluate_cached
 from intactkv.evaluate.compare import Arm, Evaluation, evaluate
 from intactkv.evaluate.markdown import append_rows, header, row
 from intactkv.evaluate.stored import Store
 from intactkv.evaluate.windows import Windows, paper_windows, prefixed_windows
-from intactkv.kv import IntactKV, IntactKVError
 from intactkv.load import (
     checkpoint_digest,
     config_of,
@@ -28,7 +30,6 @@ from intactkv.load import (
     load_tokenizer,
     read_text,
 )
-from intactkv.plain import made_for_prefix
 from intactkv.positions import check_positions
 from intactkv.report import arms_table, sentences, write_json
 from intactkv.screen import Show, working
@@ -150,7 +151,7 @@ def _quantized(models: Sequence[str], kvs: Sequence[Path]) -> list[Quantized]:
         names = list(models)
     if len(set(names)) < len(names):
         raise IntactKVError(f"the model {max(names, key=names.count)} is given twice; name each once")
-    artifacts = {path: IntactKV.load(path) for path in dict.fromkeys(kvs)}
+    artifacts = {path: IntactKV.from_pretrained(path) for path in dict.fromkeys(kvs)}
     files = list(kvs) * (len(models) if len(kvs) == 1 else 1)
     found = zip(names, models, files, strict=True)
     return [Quantized(n, m, f, artifacts[f], made_for_prefix(m)) for n, m, f in found]

@@ -14,7 +14,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from intactkv.attachment import attach, is_attached
+from intactkv.artifact import IntactKV
+from intactkv.attaching.handle import attach, is_attached
+from intactkv.error import IntactKVError
 from intactkv.evaluate.metrics import (
     Interval,
     TokenMetrics,
@@ -27,7 +29,6 @@ from intactkv.evaluate.metrics import (
     token_metrics,
 )
 from intactkv.evaluate.windows import Windows
-from intactkv.kv import IntactKV, IntactKVError
 from intactkv.positions import check_tokens
 
 FULL = ("full", "full bare")

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from intactkv.error import IntactKVError
 from intactkv.files import write_atomically
-from intactkv.kv import IntactKVError
 from intactkv.report import made_by
 
 _HEADINGS = (

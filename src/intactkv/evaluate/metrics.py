@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from intactkv.kv import IntactKVError
+from intactkv.error import IntactKVError
 
 # Elements of one (token, vocab) working copy, whatever the batch, window or vocabulary: 4 MiB in float32, which a
 # processor's cache holds, and 64 times that on a GPU, where each chunk costs some thirty kernels however small it is.

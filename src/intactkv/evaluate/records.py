@@ -12,10 +12,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from intactkv.artifact.digest import digests, joined
+from intactkv.error import IntactKVError
 from intactkv.files import write_atomically
-from intactkv.kv import IntactKVError, content_digest
 
-_VERSION = 1
+_VERSION = 2
 
 
 def key_of(about: Mapping[str, Any]) -> str:
@@ -31,7 +32,7 @@ def write_record(folder: Path, about: Mapping[str, Any], tensors: Mapping[str, T
     path = folder / f"{key_of(about)}.safetensors"
     kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     header = {"version": _VERSION, **about}
-    header["digest"] = content_digest(header, kept)
+    header["digest"] = joined(header, digests(kept))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(path, save(kept, metadata={"intactkv": json.dumps(header)}))
@@ -68,7 +69,7 @@ def _opened(folder: Path, about: Mapping[str, Any], *, tensors: bool) -> dict[st
             header = json.loads((file.metadata() or {})["intactkv"])
             found = {name: file.get_tensor(name) for name in file.keys()} if tensors else {}  # noqa: SIM118 (not a dict)
         claimed = {name: value for name, value in header.items() if name != "digest"}
-        whole = not tensors or content_digest(header, found) == header["digest"]
+        whole = not tensors or joined(header, digests(found)) == header["digest"]
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise IntactKVError(f"{path} is truncated or no record of ours ({error}); remove it") from error
     if claimed != {"version": _VERSION, **about}:

@@ -19,10 +19,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from intactkv.error import IntactKVError
 from intactkv.evaluate.metrics import TokenMetrics, full_metrics, token_metrics
 from intactkv.evaluate.records import has_record, read_record, write_record
 from intactkv.evaluate.truncated import Top, token_bytes, top, top_metrics
-from intactkv.kv import IntactKVError
 
 
 def ids_digest(ids: Int[Tensor, "*token"]) -> str:

@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from intactkv.error import IntactKVError
 from intactkv.evaluate.metrics import TokenMetrics, check_labels, in_chunks
-from intactkv.kv import IntactKVError
 
 OVERHEAD_BYTES = 16  # of a token beside its k: total, rest, first, nll in 4 bytes each (8 for float64 models' three)
 

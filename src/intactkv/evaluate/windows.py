@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from intactkv.kv import IntactKVError
+from intactkv.error import IntactKVError
 
 
 @dataclass(frozen=True, eq=False)

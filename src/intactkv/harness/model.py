@@ -19,10 +19,11 @@ from sqlitedict import SqliteDict
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from intactkv.attachment import attach
+from intactkv.artifact import IntactKV
+from intactkv.artifact.digest import weights_digest
+from intactkv.attaching.handle import attach
 from intactkv.capturing import tokenizer_digest
 from intactkv.error import IntactKVError
-from intactkv.kv import IntactKV, weights_digest
 from intactkv.load import load_model_on, load_tokenizer
 from intactkv.positions import check_positions
 from intactkv.prefix import bos
@@ -84,7 +85,7 @@ class IntactLM(HFLM):
             tokenizer = load_tokenizer(tokenizer)
         if device is not None:
             model.to(device)  # type: ignore[arg-type]
-        artifact = IntactKV.load(kv) if isinstance(kv, str | Path) else kv
+        artifact = IntactKV.from_pretrained(kv) if isinstance(kv, str | Path) else kv
         self.prefix: list[int] = bos(tokenizer) if artifact is None else artifact.ids.tolist()
         self._bos = tokenizer.bos_token_id
         super().__init__(pretrained=model, tokenizer=tokenizer, **options)

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
-from intactkv.attachment import attach
+from intactkv.artifact import IntactKV
+from intactkv.attaching.handle import attach
+from intactkv.error import IntactKVError
 from intactkv.generate import padding, plain_generation
-from intactkv.kv import IntactKV, IntactKVError
 from intactkv.mtbench.chat import prompt_ids, turn_end
 from intactkv.mtbench.questions import Question
 from intactkv.mtbench.sampling import SampleByRow, row_generator

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from intactkv.kv import IntactKVError
+from intactkv.error import IntactKVError
 
 _ANSWER, _NEXT = "An answer of one line", "The next question"
 

@@ -11,9 +11,10 @@ from typing import Any
 
 from rich.console import Console
 
+from intactkv.artifact import IntactKV
 from intactkv.capturing import check_tokenizer, tokenizer_digest
+from intactkv.error import IntactKVError
 from intactkv.evaluate.markdown import append_rows
-from intactkv.kv import IntactKV, IntactKVError
 from intactkv.load import checkpoint_digest, load_model_on, load_tokenizer
 from intactkv.mtbench.answer import Answerer, Settings, answers, check_prefix
 from intactkv.mtbench.files import AnswerFile, answers_of, judgment_path
@@ -54,7 +55,7 @@ def answer(
     """Let the arms answer the questions, one model in memory at a time; what is answered already is skipped."""
     if unknown := [arm for arm in arms if arm not in ARMS]:
         raise IntactKVError(f"--arms names {unknown[0]!r}; use {', '.join(ARMS)}, or some of them")
-    questions, kv = read_questions(questions_file, first=first), IntactKV.load(models.kv)
+    questions, kv = read_questions(questions_file, first=first), IntactKV.from_pretrained(models.kv)
     tokenizer = load_tokenizer(models.full)
     check_tokenizer(kv, tokenizer, models.full)
     tokenizer.name_or_path = models.full

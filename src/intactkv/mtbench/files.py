@@ -14,7 +14,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from intactkv.kv import IntactKVError
+from intactkv.error import IntactKVError
 from intactkv.lines import read_lines, write_lines
 from intactkv.mtbench.questions import Question
 from intactkv.report import write_json

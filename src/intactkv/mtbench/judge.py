@@ -17,7 +17,7 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
 
-from intactkv.kv import IntactKVError
+from intactkv.error import IntactKVError
 from intactkv.lines import read_lines, write_lines
 from intactkv.mtbench.files import judgment_path, read_answers
 from intactkv.mtbench.prompts import REFERENCE_CATEGORIES, Prompt, ask

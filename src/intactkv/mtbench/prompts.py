@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from intactkv.kv import IntactKVError
+from intactkv.error import IntactKVError
 from intactkv.lines import read_lines
 from intactkv.mtbench.questions import Question
 

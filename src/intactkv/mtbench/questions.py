@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from intactkv.kv import IntactKVError
+from intactkv.error import IntactKVError
 from intactkv.lines import read_lines
 
 # FastChat's, by category; others are sampled at its default.

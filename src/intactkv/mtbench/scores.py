@@ -16,8 +16,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from intactkv.error import IntactKVError
 from intactkv.evaluate.metrics import Interval
-from intactkv.kv import IntactKVError
 from intactkv.lines import read_lines
 from intactkv.mtbench.questions import Question
 

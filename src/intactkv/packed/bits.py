@@ -29,7 +29,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from intactkv.kv import IntactKVError
+from intactkv.error import IntactKVError
 
 BITS = (2, 3, 4, 8)
 SCALE_DTYPE = torch.float16

@@ -19,8 +19,8 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
-from intactkv.kv import IntactKVError
-from intactkv.locate import Sites
+from intactkv.attaching.locate import Sites
+from intactkv.error import IntactKVError
 from intactkv.packed.bits import BITS, hadamard
 from intactkv.packed.lazy import LazyStates, Rounded, Stored
 from intactkv.packed.rows import Rows

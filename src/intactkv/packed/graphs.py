@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from intactkv.kv import IntactKVError
+from intactkv.error import IntactKVError
 from intactkv.packed.cache import PackedCache, PackedLayer
 from intactkv.packed.steady import Steady, rows_of
 

@@ -15,9 +15,9 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from intactkv.kv import IntactKVError
-from intactkv.locate import NEVER
-from intactkv.masks import as_tensor, real_tokens
+from intactkv.attaching.locate import NEVER
+from intactkv.attaching.masks import as_tensor, real_tokens
+from intactkv.error import IntactKVError
 from intactkv.packed.attention import Partial, attend, dense_step, merged, nothing, packed_attention
 from intactkv.packed.bits import hadamard
 from intactkv.packed.cache import PackedCache

@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from intactkv.kv import IntactKVError
-from intactkv.locate import NEVER, Sites
+from intactkv.attaching.locate import NEVER, Sites
+from intactkv.error import IntactKVError
 
 
 @dataclass

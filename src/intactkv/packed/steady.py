@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from intactkv.kv import IntactKVError
+from intactkv.error import IntactKVError
 from intactkv.packed.lazy import Stored
 from intactkv.packed.store import Packed, Run, Store
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from intactkv.kv import IntactKVError
+from intactkv.error import IntactKVError
 from intactkv.pivots.weights import Rule, weight_blocks, weighted
 
 LONGEST_MAP = 2048  # tokens, where whole maps of one layer cannot be avoided

@@ -18,7 +18,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from intactkv.kv import IntactKVError
+from intactkv.error import IntactKVError
 from intactkv.pivots.measure import PivotMap, measure
 
 PIVOT = 20.0  # a pivot's hidden state is so many times the median token's; large models reach 1000

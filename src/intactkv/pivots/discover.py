@@ -16,7 +16,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from intactkv.kv import IntactKVError
+from intactkv.error import IntactKVError
 from intactkv.pivots.classify import PIVOT, outside
 from intactkv.pivots.measure import measure
 from intactkv.prefix import chat_prefix

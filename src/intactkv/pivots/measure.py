@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from intactkv.decoder import blocks, key_bias, watched_outputs
-from intactkv.kv import IntactKVError
+from intactkv.error import IntactKVError
 from intactkv.pivots.attention import LONGEST_MAP, Attended, Blocks, watched_attention
 from intactkv.positions import check_tokens
 from intactkv.record import Watched

@@ -11,10 +11,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from intactkv.attachment import attach
+from intactkv.artifact import IntactKV
+from intactkv.attaching.handle import attach
 from intactkv.capturing import capture
 from intactkv.decoder import output_weight, watched_outputs
-from intactkv.kv import IntactKV, IntactKVError
+from intactkv.error import IntactKVError
 from intactkv.pivots.attention import Attended, watched_attention
 from intactkv.pivots.budget import Pair, energy_left, error_bound, output_error, token_shares
 
@@ -184,7 +185,7 @@ def first_tokens(kv: IntactKV, size: int) -> IntactKV:
     if not 1 <= size <= len(kv):
         raise IntactKVError(f"size={size} must lie between 1 and the {len(kv)} tokens of this intact KV")
     layers = {i: (key[:, :size], value[:, :size]) for i, (key, value) in kv.layers.items()}
-    return replace(kv, ids=kv.ids[:size], layers=layers, logits=kv.logits[:size])
+    return replace(kv, ids=kv.ids[:size], layers=layers, logits=None if kv.logits is None else kv.logits[:size])
 
 
 def _block_outputs(model: PreTrainedModel, window: Int[Tensor, "token"], kv: IntactKV | None) -> list[Tensor]:

@@ -16,8 +16,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from intactkv.error import IntactKVError
 from intactkv.files import replacing
-from intactkv.kv import IntactKVError
 from intactkv.pivots.pair import LayerBudget, drops
 
 Theme = Literal["light", "dark"]

@@ -1,6 +1,7 @@
 """Quantize a full model into a checkpoint that transformers and vLLM load, with the intact KV that fits it."""
 
-from intactkv.plain import PREFIX_KV, RECIPE
+from intactkv.artifact.hub import FILE as PREFIX_KV
+from intactkv.attaching.plain import RECIPE
 from intactkv.quantize.checkpoint import quantize
 from intactkv.quantize.choice import chosen
 from intactkv.quantize.methods import AWQ, GPTQ, RTN, AutoRound, Method, Rotated, SmoothQuant

@@ -29,11 +29,12 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import DynamicCache, PreTrainedModel
 
+from intactkv.artifact import IntactKV
+from intactkv.attaching.locate import Sites
+from intactkv.attaching.substitute import IntactTensors, put
 from intactkv.decoder import blocks
-from intactkv.kv import IntactKV, IntactKVError
-from intactkv.locate import Sites
+from intactkv.error import IntactKVError
 from intactkv.quantize.quiet import patched
-from intactkv.substitute import IntactTensors, put
 
 _CACHE_NAMES = ("past_key_values", "layer_past", "past_key_value")
 

@@ -27,12 +27,15 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from intactkv.artifact import IntactKV
+from intactkv.artifact.digest import weights_digest
+from intactkv.artifact.hub import FILE as PREFIX_KV
+from intactkv.attaching.plain import RECIPE
 from intactkv.capturing import capture, checked_ids, refuse_quantized
+from intactkv.error import IntactKVError
 from intactkv.evaluate.windows import prefixed_windows
 from intactkv.files import check_folder
-from intactkv.kv import IntactKV, IntactKVError, weights_digest
 from intactkv.load import config_of, first_tokens, load_model, load_tokenizer, load_with_losses
-from intactkv.plain import PREFIX_KV, RECIPE
 from intactkv.positions import check_tokens, most_positions
 from intactkv.quantize.aware import PrefixAware
 from intactkv.quantize.compress import compress_

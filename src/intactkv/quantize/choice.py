@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from intactkv.kv import IntactKVError
+from intactkv.error import IntactKVError
 from intactkv.quantize.methods import AWQ, GPTQ, RTN, AutoRound, Method, Rotated, SmoothQuant
 
 _PLAIN = {"rtn": RTN, "gptq": GPTQ, "awq": AWQ, "autoround": AutoRound}

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
-from intactkv.error import first_line
-from intactkv.kv import IntactKVError
+from intactkv.error import IntactKVError, first_line
 from intactkv.quantize.aware import PrefixAware
 from intactkv.quantize.causal import causal
 from intactkv.quantize.methods import AWQ, Method, fitted

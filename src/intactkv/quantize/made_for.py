@@ -16,12 +16,14 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from intactkv.artifact import IntactKV
+from intactkv.attaching.coverage import uncovered_layers
 from intactkv.basis import own_errors
 from intactkv.capturing import capture
+from intactkv.error import IntactKVError
 from intactkv.evaluate.compare import Arm, perplexity
 from intactkv.evaluate.windows import scored_after
 from intactkv.files import json_data
-from intactkv.kv import IntactKV, IntactKVError, uncovered_layers
 from intactkv.load import device_named
 from intactkv.pivots.classify import without_pivot
 from intactkv.quantize.aware import PrefixAware

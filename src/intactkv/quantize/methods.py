@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal, TypeAlias
 import torch
 from transformers import PreTrainedModel
 
-from intactkv.kv import IntactKVError
+from intactkv.error import IntactKVError
 
 _BITS = (2, 3, 4, 8)
 

@@ -12,8 +12,9 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, QuantizedLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from intactkv.kv import IntactKV, IntactKVError
-from intactkv.locate import Progress, Sites
+from intactkv.artifact import IntactKV
+from intactkv.attaching.locate import Progress, Sites
+from intactkv.error import IntactKVError
 from intactkv.packed.cache import PackedCache
 
 
@@ -38,8 +39,9 @@ class IntactTensors:
         return self._ids[device]
 
     def logits(self, device: torch.device, dtype: torch.dtype) -> Float[Tensor, "prefix vocab"]:
-        """The prefix's logits on a device and in a dtype."""
+        """The prefix's logits on a device and in a dtype; for artifacts that have them."""
         if (device, dtype) not in self._logits:
+            assert self.kv.logits is not None
             with torch.inference_mode(False):
                 self._logits[device, dtype] = self.kv.logits.to(device, dtype)
         return self._logits[device, dtype]
@@ -119,7 +121,7 @@ class Substitution:
         What is remembered while a forward is traced changes its guards, and the next one is traced again.
         """
         self.stack = self.intact.stacked(device, dtype)
-        if (self._first_kept or 0) < self.sites.whole:
+        if self.intact.kv.logits is not None and (self._first_kept or 0) < self.sites.whole:
             self.intact.logits(device, dtype)
 
     def enter(self, cache: Cache, progress: Progress) -> None:

@@ -16,10 +16,13 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from intactkv.attachment import is_attached
+from intactkv.artifact import IntactKV
+from intactkv.artifact.fingerprint import check_fingerprint
+from intactkv.attaching.coverage import uncovered_layers
+from intactkv.attaching.handle import is_attached
+from intactkv.attaching.locate import Progress
 from intactkv.basis import refuse_foreign
-from intactkv.kv import IntactKV, IntactKVError, check_fingerprint, uncovered_layers
-from intactkv.locate import Progress
+from intactkv.error import IntactKVError
 
 _PREPARE = "prepare_inputs_for_generation"
 _alike: weakref.WeakKeyDictionary[PreTrainedModel, set[str]] = weakref.WeakKeyDictionary()  # artifacts let in before

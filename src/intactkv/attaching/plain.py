@@ -17,10 +17,10 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 from transformers import PreTrainedModel
 
-from intactkv.attachment import is_attached
+from intactkv.artifact.hub import FILE
+from intactkv.attaching.handle import is_attached
 
 RECIPE = "intactkv.json"
-PREFIX_KV = "prefix.intactkv.safetensors"
 
 
 def made_for_prefix(source: str | os.PathLike[str]) -> dict[str, Any] | None:
@@ -69,6 +69,6 @@ def sentence(about: dict[str, Any], source: str | os.PathLike[str]) -> str:
             f" (perplexity {figures['without_kv']:.4g} instead of {figures['with_kv']:.4g} on its calibration's text)"
         )
     return (
-        f"{source} was quantized for its intact prefix and runs without it{lost}: attach {PREFIX_KV} beside it "
+        f"{source} was quantized for its intact prefix and runs without it{lost}: attach {FILE} beside it "
         "(--kv), or quantize with prefix_weight=1 (--plain-prefix) for use without"
     )

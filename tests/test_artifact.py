@@ -2,32 +2,42 @@
 
 from __future__ import annotations
 
+import base64
 import copy
 import dataclasses
 import gc
+import hashlib
 import json
 import os
 import pickle
 import shutil
 import struct
+import subprocess
+import sys
 import zipfile
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from threading import Thread
+from typing import Any, ClassVar
 
 import pytest
 import torch
 import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from models import ARCHITECTURES, PREFIX, VOCAB, Architecture, build, by_name, prompts
+from models import ARCHITECTURES, PREFIX, VOCAB, Architecture, build, by_name, prompts, rounded
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, LlamaConfig, PreTrainedConfig
 
-import intactkv.kv
-import intactkv.prefix_cache
+import intactkv.artifact.data
+import intactkv.artifact.file
+import intactkv.attaching.prefix_cache
 from intactkv import IntactKV, attach, capture
-from intactkv.kv import FORMAT_VERSION, IntactKVError, check_fingerprint, fingerprint, weights_digest
+from intactkv.artifact.digest import digests, joined, weights_digest
+from intactkv.artifact.file import VERSION
+from intactkv.artifact.fingerprint import check_fingerprint, fingerprint
+from intactkv.error import IntactKVError
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 quick = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -70,13 +80,13 @@ def content(kv: IntactKV) -> tuple[Any, ...]:
 def forged(path: Path, tensors: dict[str, Tensor], header: Any, *, sign: bool = True) -> Path:
     """A file like ours with a digest that is right, whatever it holds."""
     if sign and isinstance(header, dict):
-        header = {**header, "digest": intactkv.kv.content_digest(header, tensors)}
+        header = {**header, "digest": joined(header, digests(tensors))}
     save_file(tensors, path, metadata={"intactkv": header if isinstance(header, str) else json.dumps(header)})
     return path
 
 
 def header_of(kv: IntactKV) -> dict[str, Any]:
-    return {"version": FORMAT_VERSION, "fingerprint": dict(kv.fingerprint), "provenance": dict(kv.provenance)}
+    return {"version": VERSION, "fingerprint": dict(kv.fingerprint), "provenance": dict(kv.provenance)}
 
 
 def refused(path: Path, message: str | None = None) -> None:
@@ -193,7 +203,7 @@ def interrupted(*args: Any, **kwargs: Any) -> Any:
 @pytest.mark.parametrize(
     ("target", "name", "broken", "error"),
     [
-        (intactkv.kv, "save", interrupted, KeyboardInterrupt),
+        (intactkv.artifact.file, "save", interrupted, KeyboardInterrupt),
         (Path, "write_bytes", half_written, OSError),
         (os, "replace", interrupted, KeyboardInterrupt),
     ],
@@ -283,7 +293,7 @@ def test_no_edit_can_change_what_is_loaded(data: st.DataObject, good: bytes, tmp
 
 def test_a_changed_tensor_a_changed_header_and_swapped_tensors_are_tampering(good: bytes, tmp_path: Path) -> None:
     kv, path = toy(), tmp_path / "kv"
-    header = {**header_of(kv), "digest": intactkv.kv.content_digest(header_of(kv), kv.tensors)}
+    header = {**header_of(kv), "digest": joined(header_of(kv), digests(kv.tensors))}
     tampered = "was changed after it was written .*; capture it again"
     tensors = {name: t.clone() for name, t in kv.tensors.items()}
     content(IntactKV.load(forged(path, tensors, header, sign=False)))  # so far all is well
@@ -368,10 +378,10 @@ def test_a_header_of_any_depth_is_loaded_or_refused(depth: int, tmp_path: Path) 
     refused(forged(tmp_path / "kv", toy().tensors, text), "was changed after|unreadable header")
 
 
-@pytest.mark.parametrize("version", [0, 2, 99, -1, 1.0, True, "1", None, [1], {}])
+@pytest.mark.parametrize("version", [0, 3, 99, -1, 1.0, True, "1", None, [1], {}])
 def test_other_versions_are_refused(version: Any, tmp_path: Path) -> None:
     path = forged(tmp_path / "kv", toy().tensors, {**header_of(toy()), "version": version})
-    refused(path, "has format version .* reads version 1; update intactkv or capture it again")
+    refused(path, "has format version .* reads versions up to 2; update intactkv or capture it again")
 
 
 @pytest.mark.parametrize("part", ["digest", "fingerprint", "provenance"])
@@ -414,7 +424,6 @@ def test_unknown_tensors_are_refused(name: str, tmp_path: Path) -> None:
     ("missing", "message"),
     [
         (["ids"], "lacks the tensor 'ids'; capture it again"),
-        (["logits"], "lacks the tensor 'logits'; capture it again"),
         (["layers.2.key"], "has only the value of layer 2; capture it again"),
         (["layers.10.value"], "has only the key of layer 10; capture it again"),
         ([n for n in toy().tensors if n.startswith("layers")], "no layer has keys and values"),
@@ -785,8 +794,7 @@ def test_a_filled_cache_has_the_door_of_the_basis(small: Any) -> None:
 
 def test_the_digest_is_hashed_once_and_again_after_a_change(monkeypatch: pytest.MonkeyPatch) -> None:
     kv, hashed = toy(), []
-    real = intactkv.kv.content_digest
-    monkeypatch.setattr(intactkv.kv, "content_digest", lambda *given: hashed.append(1) or real(*given))
+    monkeypatch.setattr(intactkv.artifact.data, "joined", lambda *given: hashed.append(1) or joined(*given))
     first = kv.digest
     assert [kv.digest, kv.digest] == [first, first]
     assert len(hashed) == 1
@@ -805,5 +813,159 @@ def test_the_door_of_a_filled_cache_is_passed_once(small: Any, monkeypatch: pyte
     """A cache saves the prefix's forward: the door's own one is not made again for every prompt."""
     full, kv = copy.deepcopy(small[0]), small[1]
     kv.cache(full)
-    monkeypatch.setattr(intactkv.prefix_cache, "refuse_foreign", lambda *_: pytest.fail("computed again"))
+    monkeypatch.setattr(intactkv.attaching.prefix_cache, "refuse_foreign", lambda *_: pytest.fail("computed again"))
     assert kv.cache(full, 2).get_seq_length() == len(kv)
+
+
+# ------------------------------------------------------------------------------------------- formats, logits, places
+
+
+def test_format_1_is_read(tmp_path: Path) -> None:
+    """A file that the code of before format 2 wrote, of the model that `build` still makes."""
+    path = Path(__file__).parent / "data" / "format1.intactkv.safetensors"
+    kv, again = IntactKV.load(path), capture(build(LLAMA), [1, 5, 7])
+    assert kv.ids.tolist() == [1, 5, 7]
+    assert all(torch.allclose(t, again.tensors[name], atol=1e-5) for name, t in kv.tensors.items())
+    assert content(IntactKV.load(kv.save(tmp_path / "kv"))) == content(kv)
+    broken = bytearray(path.read_bytes())
+    broken[-5] ^= 64
+    (tmp_path / "kv").write_bytes(bytes(broken))
+    refused(tmp_path / "kv", "was changed after it was written")
+
+
+def test_an_artifact_without_logits_changes_only_those_of_the_prefix(small: Any, tmp_path: Path) -> None:
+    full, kv = small
+    model, bare = rounded(full), capture(full, kv.ids, logits=False)
+    assert bare.logits is None
+    assert bare.digest != kv.digest
+    bare = IntactKV.load(bare.save(tmp_path / "kv"))
+    ids = prompts(rows=2)
+    with attach(model, kv):
+        expected = model(ids).logits
+        answer = model.generate(ids, max_new_tokens=4, do_sample=False)
+    with attach(model, bare):
+        got = model(ids).logits
+        assert torch.equal(model.generate(ids, max_new_tokens=4, do_sample=False), answer)
+    size = len(kv)
+    assert torch.equal(got[:, size:], expected[:, size:])
+    assert not torch.allclose(got[:, :size], expected[:, :size], atol=0.1)  # its own, over the intact keys and values
+    assert bare.to(dtype=torch.float64).logits is None
+
+
+@pytest.mark.parametrize("module", ["intactkv.artifact", "intactkv.artifact.fingerprint", "intactkv.artifact.file"])
+def test_the_artifact_is_imported_without_transformers(module: str) -> None:
+    script = (
+        f"import sys, time, torch, safetensors.torch; began = time.perf_counter(); import {module}; "
+        "print(time.perf_counter() - began, sorted({'transformers', 'huggingface_hub', 'rich'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    seconds, _, loaded = done.stdout.strip().partition(" ")
+    assert loaded == "[]"
+    assert float(seconds) < 0.5
+
+
+def test_folders_and_files_are_found(small: Any, tmp_path: Path) -> None:
+    full, kv = small
+    path = kv.save_pretrained(tmp_path / "q" / "w3")
+    assert path == tmp_path / "q" / "w3" / "prefix.intactkv.safetensors"
+    for source in (path, path.parent, str(path.parent)):
+        assert content(IntactKV.from_pretrained(source)) == content(kv)
+    with attach(full, path.parent):
+        pass
+    with pytest.raises(IntactKVError, match=r"holds no prefix\.intactkv\.safetensors; write one"):
+        IntactKV.from_pretrained(tmp_path)
+    with pytest.raises(IntactKVError, match="is no file or folder here, and no repository on the Hub"):
+        IntactKV.from_pretrained(tmp_path / "absent")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(IntactKVError, match="it is a file; name a folder"):
+        kv.save_pretrained(tmp_path / "file")
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of the Hub as an upload of small files, their download and a check for one take."""
+
+    files: ClassVar[dict[str, bytes]] = {}
+    commits: ClassVar[list[str]] = []
+
+    @property
+    def site(self) -> str:
+        return f"http://{self.headers['Host']}/a/b"
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if self.path == "/api/repos/create":
+            self.answer({"url": self.site, "name": "a/b"})
+        elif "/preupload/" in self.path:
+            found = json.loads(body)["files"]
+            self.answer({"files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in found]})
+        elif "/commit/" in self.path:
+            for line in map(json.loads, body.splitlines()):
+                if line["key"] == "header":
+                    self.commits.append(line["value"]["summary"])
+                else:
+                    self.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+            self.answer({"commitUrl": f"{self.site}/commit/{'1' * 40}", "commitOid": "1" * 40})
+        else:
+            self.answer({}, 200)
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        content = self.files.get(self.path.partition("/resolve/")[2].partition("/")[2].partition("?")[0])
+        if "/resolve/" not in self.path:
+            self.answer({"id": "a/b", "sha": "1" * 40, "siblings": [], "private": False})
+        elif content is None:
+            self.send_response(404)
+            self.send_header("X-Error-Code", "EntryNotFound")
+            self.end_headers()
+        else:
+            self.send_response(200)
+            for name, value in (("ETag", f'"{hashlib.sha1(content).hexdigest()}"'), ("X-Repo-Commit", "1" * 40),
+                                ("Content-Length", str(len(content)))):  # fmt: skip
+                self.send_header(name, value)
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(content)
+
+    def answer(self, data: Any, status: int = 200) -> None:
+        content = json.dumps(data).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content)
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+
+def test_the_hub_takes_it_and_gives_it_back(small: Any, tmp_path: Path) -> None:
+    """Against a server on loopback, in a process of its own: huggingface_hub reads its endpoint once."""
+    _, kv = small
+    named = dataclasses.replace(kv, provenance={**kv.provenance, "model": "meta/Llama-9"})
+    named.save(tmp_path / "kv")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    Thread(target=server.serve_forever, daemon=True).start()
+    script = (
+        "import sys; from intactkv import IntactKV, IntactKVError\n"
+        "kv = IntactKV.load(sys.argv[1])\n"
+        "print(kv.push_to_hub('a/b', token='none'), kv.push_to_hub('a/b', token='none'))\n"
+        "print(IntactKV.from_pretrained('a/b', revision='main').digest == kv.digest)\n"
+    )
+    where = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0",
+             "HF_HUB_DISABLE_XET": "1"}  # fmt: skip
+    try:
+        done = subprocess.run([sys.executable, "-c", script, tmp_path / "kv"], env={**os.environ, **where},
+                              capture_output=True, text=True, timeout=120)  # fmt: skip
+    finally:
+        server.shutdown()
+    assert done.returncode == 0, done.stderr
+    commit = f"{where['HF_ENDPOINT']}/a/b/commit/{'1' * 40}"
+    assert done.stdout.split() == [commit, commit, "True"]
+    page = Hub.files["README.md"].decode()
+    assert "base_model: meta/Llama-9" in page
+    assert f"{len(kv)} prefix tokens (ids `{kv.ids.tolist()}`)" in page
+    assert 'ik.attach(model, "a/b")' in page
+    assert Hub.commits == ["Intact KV", "Intact KV"]

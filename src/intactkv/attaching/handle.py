@@ -10,6 +10,7 @@ recurrent states, is not covered.
 from __future__ import annotations
 
 import inspect
+import os
 import threading
 import warnings
 import weakref
@@ -25,26 +26,30 @@ from transformers.cache_utils import DynamicLayer, EncoderDecoderCache, Quantize
 from transformers.masking_utils import create_masks_for_generate
 from transformers.utils import ModelOutput
 
-from intactkv.adapters import unlike
+from intactkv.artifact import IntactKV
+from intactkv.artifact.fingerprint import check_fingerprint
+from intactkv.attaching.adapters import unlike
+from intactkv.attaching.coverage import uncovered_layers
+from intactkv.attaching.locate import NEVER, Progress, Sites, first_real, hidden_prefix, locate, sequence_starts
+from intactkv.attaching.masks import as_tensor, real_tokens, sees_previous, slots, token_positions, visible
+from intactkv.attaching.substitute import IntactTensors, Substitution
 from intactkv.basis import refuse_foreign
-from intactkv.kv import IntactKV, IntactKVError, check_fingerprint, uncovered_layers
-from intactkv.locate import NEVER, Progress, Sites, first_real, hidden_prefix, locate, sequence_starts
-from intactkv.masks import as_tensor, real_tokens, sees_previous, slots, token_positions, visible
+from intactkv.error import IntactKVError
 from intactkv.packed.cache import PackedLayer
-from intactkv.substitute import IntactTensors, Substitution
 
 _attached: weakref.WeakKeyDictionary[PreTrainedModel, Attachment] = weakref.WeakKeyDictionary()
 
 _ALIBI_BY_COLUMN = ("bloom", "mpt")  # take no position_ids and need none: only distances between columns count
 
 
-def attach(model: PreTrainedModel, kv: IntactKV, *, check: bool = True) -> Attachment:
+def attach(model: PreTrainedModel, kv: IntactKV | str | os.PathLike[str], *, check: bool = True) -> Attachment:
     """Make `model` read `kv` wherever a row of its input begins with the prefix, until the handle is removed.
 
     Use it as a context manager or call `.remove()`. Any batch, padding, cache and way of generating works unchanged,
     through `model(...)` and `model.generate(...)`; calling `model.forward` or an inner module directly goes past the
     attachment. A row that shares only the first m prefix tokens gets m intact ones, a row that shares none is the
     plain model. One attachment per model; one `kv` may serve many models. Compile decoding steps, not the prefill.
+    `kv` may also be the folder, file or Hub repository that `IntactKV.from_pretrained` reads.
 
     `check` compares the model's own keys and values of the prefix with the intact ones first, in one forward of P
     tokens, and refuses those in another basis or of another model. Adapters (PEFT's) change less than that can tell: a
@@ -67,6 +72,8 @@ def attach(model: PreTrainedModel, kv: IntactKV, *, check: bool = True) -> Attac
         raise IntactKVError(f"{model.config.model_type} is an encoder-decoder; intact KV needs a decoder-only model")
     if is_attached(model):
         raise IntactKVError("the model already has an intact KV attached; call intactkv.detach(model) first")
+    if not isinstance(kv, IntactKV):
+        kv = IntactKV.from_pretrained(kv)
     check_fingerprint(kv, model.config)
     if check:
         refuse_foreign(model, kv)
@@ -473,7 +480,8 @@ class Attachment:
 
     def _replace_logits(self, module: Any, args: Any, output: Tensor) -> Tensor | None:
         call = self._call
-        return None if call is None or len(call.sites) == 0 else call.logits(output)
+        untouched = call is None or len(call.sites) == 0 or self.kv.logits is None
+        return None if call is None or untouched else call.logits(output)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,52 @@
+"""Digests of tensors: of each on its own, and of all by the sorted digests of each, so that parts can be made alone."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def tensor_digest(tensor: Tensor) -> str:
+    """SHA-256 over a tensor's type, shape and bytes."""
+    sha = hashlib.sha256()
+    _add(sha, "", tensor)
+    return sha.hexdigest()
+
+
+def digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Each tensor's digest by its name, sorted."""
+    return {name: tensor_digest(tensors[name]) for name in sorted(tensors)}
+
+
+def joined(header: Mapping[str, Any], parts: Mapping[str, str]) -> str:
+    """SHA-256 over a header, its entry "digest" left out, and the digests of the tensors that it stands for."""
+    said = {name: value for name, value in header.items() if name != "digest"}
+    return hashlib.sha256(json.dumps([said, dict(sorted(parts.items()))], sort_keys=True).encode()).hexdigest()
+
+
+def weights_digest(model: nn.Module) -> str:
+    """SHA-256 over the names and bytes of all parameters and buffers that a checkpoint of `model` holds.
+
+    Weights that are offloaded to the meta device cannot be read; the digest then says so instead.
+    """
+    sha = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        if tensor.device.type == "meta":
+            return "unknown: offloaded weights"
+        _add(sha, name, tensor)
+    return sha.hexdigest()
+
+
+def _add(sha: Any, name: str, tensor: Tensor) -> None:
+    inner = getattr(tensor, "__tensor_flatten__", None)
+    if inner is not None:  # a tensor that wraps plain ones: torchao's
+        for part in inner()[0]:
+            _add(sha, f"{name}.{part}", getattr(tensor, part))
+        return
+    sha.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+    sha.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())

@@ -1,0 +1,1 @@
+"""How an intact KV gets into a model: the handle, the plan of a call, substitution, and a cache filled beforehand."""
