@@ -35,12 +35,12 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, PreTra
 
 from intactkv import IntactKV, PackedCache, Packing, attach, read_packed
 from intactkv.artifact.fingerprint import fingerprint
+from intactkv.capturing.record import recorded
 from intactkv.packed import cache as cache_module
 from intactkv.packed import kernel
 from intactkv.packed.attention import Partial
 from intactkv.packed.reads import forward
 from intactkv.packed.store import Packed, Run, Store
-from intactkv.record import recorded
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")

@@ -6,7 +6,7 @@ before (all at once, or spread over the steps of the first epoch).
 `held` is the paper's scheme, written anew from its description: the full model's block outputs of *every* sample are
 computed first and held in memory; then the quantized model reads one sample at a time behind a cache that holds the
 trainable keys and values, ½·MSE of every block's output at learned tokens, AdamW, gradients accumulated over a step.
-The other ways are `intactkv.calibrate`. What this gives up: the quantized model is the full one with noise on its
+The other ways are `intactkv.calibrating`. What this gives up: the quantized model is the full one with noise on its
 weights, which costs the same, and both are small, so that what is held beside them is seen.
 """
 
@@ -28,14 +28,14 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from intactkv import bos, capture
-from intactkv.calibrate import Sample, Samples, Settings, Split, spool, text_samples
-from intactkv.calibrate.activations import activations_fit
-from intactkv.calibrate.keep import Kept
-from intactkv.calibrate.step import order, step_, with_tensors
-from intactkv.calibrate.targets import Live
-from intactkv.calibrate.train import _start
+from intactkv.calibrating import Sample, Samples, Settings, Split, spool, text_samples
+from intactkv.calibrating.activations import activations_fit
+from intactkv.calibrating.keep import Kept
+from intactkv.calibrating.step import order, step_, with_tensors
+from intactkv.calibrating.targets import Live
+from intactkv.calibrating.train import _start
+from intactkv.checkpoint.load import load_model, load_tokenizer
 from intactkv.demo import MODEL, TEXT
-from intactkv.load import load_model, load_tokenizer
 
 WAYS: dict[str, dict[str, Any]] = {
     "held": {},

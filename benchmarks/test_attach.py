@@ -19,8 +19,9 @@ from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from intactkv import attach, capture
+from intactkv.checkpoint.load import load_model, load_tokenizer
 from intactkv.demo import MODEL, TEXT
-from intactkv.load import load_model, load_tokenizer, read_text
+from intactkv.texts import read_text
 
 TARGETS = {"decode": 0.98, "prefill": 0.97}
 LONG = 34  # tokens of the longer prefix: what a short system prompt takes

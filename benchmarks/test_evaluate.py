@@ -12,9 +12,10 @@ import torch
 from interleaved import interleaved, speed_ratios, spread
 
 from intactkv import capture
+from intactkv.checkpoint.load import load_model, load_tokenizer
 from intactkv.demo import MODEL, TEXT
-from intactkv.evaluate import prefixed_windows, three_arms
-from intactkv.load import load_model, load_tokenizer, read_text
+from intactkv.evaluating import prefixed_windows, three_arms
+from intactkv.texts import read_text
 
 TARGET = 1.5
 BATCH = 8

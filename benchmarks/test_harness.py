@@ -18,10 +18,11 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
 from intactkv import capture
+from intactkv.checkpoint.load import load_model, load_tokenizer
 from intactkv.demo import MODEL, TEXT
-from intactkv.evaluate import prefixed_windows, three_arms
+from intactkv.evaluating import prefixed_windows, three_arms
 from intactkv.harness.model import IntactLM
-from intactkv.load import load_model, load_tokenizer, read_text
+from intactkv.texts import read_text
 
 TARGET = 1.5
 BATCH = 8

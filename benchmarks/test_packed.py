@@ -34,8 +34,8 @@ from transformers import (
 )
 
 from intactkv import PackedCache, Packing, read_packed
+from intactkv.checkpoint.load import load_model
 from intactkv.demo import MODEL
-from intactkv.load import load_model
 from intactkv.packed.cache import expected_bytes
 
 STEPS = 4

@@ -20,11 +20,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from intactkv import IntactKV, bos, capture
-from intactkv.basis import align, basis, describe
+from intactkv.basis.compare import align, basis, describe
+from intactkv.checkpoint.load import load_model, load_tokenizer
 from intactkv.demo import MODEL, TEXT
-from intactkv.evaluate import Arm, Interval, Windows, evaluate, prefixed_windows
-from intactkv.load import load_model, load_tokenizer, read_text
-from intactkv.quantize import AWQ, PREFIX_KV, quantize
+from intactkv.evaluating import Arm, Interval, Windows, evaluate, prefixed_windows
+from intactkv.quantizing import AWQ, PREFIX_KV, quantize
+from intactkv.texts import read_text
 
 HEADER = "| bits | prefix | KL mean [95 %] | KL closed, % [95 %] | perplexity |\n|---|---|---|---|---:|"
 

@@ -14,9 +14,10 @@ import torch
 import typer
 
 from intactkv import PackedCache, Packing, bos, read_packed
-from intactkv.evaluate import prefixed_windows, token_metrics
-from intactkv.load import load_model_on, load_tokenizer, read_text
+from intactkv.checkpoint.load import load_model_on, load_tokenizer
+from intactkv.evaluating import prefixed_windows, token_metrics
 from intactkv.packed.cache import PackedLayer, expected_bytes
+from intactkv.texts import read_text
 
 SCHEMES: dict[str, dict[str, Any]] = {
     "per channel, the default": {},

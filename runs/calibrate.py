@@ -31,13 +31,14 @@ import typer
 from torch import Tensor
 
 from intactkv import IntactKV, IntactKVError, bos
-from intactkv.calibrate import Objective, Samples, Settings, Split, calibrate, split, text_samples
+from intactkv.calibrating import Objective, Samples, Settings, Split, calibrate, split, text_samples
+from intactkv.checkpoint.load import load_model, load_tokenizer
 from intactkv.demo import MODEL
-from intactkv.evaluate import Arm, TokenMetrics, Windows, evaluate, paired_bootstrap, prefixed_windows
+from intactkv.evaluating import Arm, TokenMetrics, Windows, evaluate, paired_bootstrap, prefixed_windows
 from intactkv.files import write_atomically
-from intactkv.load import load_model, load_tokenizer, read_text
-from intactkv.quantize import AWQ, GPTQ, PREFIX_KV, RTN, quantize
-from intactkv.quantize.checkpoint import RECIPE
+from intactkv.quantizing import AWQ, GPTQ, PREFIX_KV, RTN, quantize
+from intactkv.quantizing.checkpoint import RECIPE
+from intactkv.texts import read_text
 
 METHODS: dict[str, type[Any]] = {"RTN": RTN, "GPTQ": GPTQ, "AWQ": AWQ}
 OBJECTIVES = {"blocks": Objective(blocks=1, kl=0), "KL": Objective(blocks=0, kl=1)}

@@ -19,11 +19,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from intactkv import IntactKV, IntactKVError, bos, capture
-from intactkv.basis import align, basis, embedding_change
+from intactkv.basis.compare import align, basis, embedding_change
+from intactkv.capturing.record import recorded
+from intactkv.checkpoint.load import load_model, load_tokenizer
 from intactkv.demo import MODEL, TEXT
-from intactkv.evaluate import Arm, evaluate, prefixed_windows
-from intactkv.load import load_model, load_tokenizer, read_text
-from intactkv.record import recorded
+from intactkv.evaluating import Arm, evaluate, prefixed_windows
+from intactkv.texts import read_text
 
 RATES = (1e-5, 1e-4, 1e-3, 3e-3)
 HEADER = (

@@ -16,8 +16,9 @@ import typer
 from scipy.stats import spearmanr
 
 from intactkv import bos
+from intactkv.checkpoint.load import load_model, load_tokenizer
 from intactkv.doctor.forecast import forecast
-from intactkv.load import load_model, load_tokenizer, read_text
+from intactkv.texts import read_text
 
 GROUP = 64  # as prefix_aware.py has it
 

@@ -19,8 +19,9 @@ from packed import decoded
 from transformers import DynamicCache
 
 from intactkv import IntactKV, PackedCache, Packing
-from intactkv.evaluate import Evaluation, full_metrics, prefixed_windows, token_metrics
-from intactkv.load import load_model, load_tokenizer, read_text
+from intactkv.checkpoint.load import load_model, load_tokenizer
+from intactkv.evaluating import Evaluation, full_metrics, prefixed_windows, token_metrics
+from intactkv.texts import read_text
 
 
 def main(

@@ -26,11 +26,12 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel, QuantizedCache
 
 from intactkv import IntactKV, PackedCache, Packing, attach, bos, capture, read_packed
+from intactkv.checkpoint.load import load_model, load_tokenizer
 from intactkv.demo import MODEL, TEXT
-from intactkv.evaluate import Evaluation, Interval, prefixed_windows
-from intactkv.evaluate.metrics import TokenMetrics, full_metrics, token_metrics
-from intactkv.load import load_model, load_tokenizer, read_text
-from intactkv.quantize import RTN, quantize
+from intactkv.evaluating import Evaluation, Interval, prefixed_windows
+from intactkv.evaluating.metrics import TokenMetrics, full_metrics, token_metrics
+from intactkv.quantizing import RTN, quantize
+from intactkv.texts import read_text
 
 SCHEMES = {
     "per token": Packing(keys="per_token"),

@@ -18,9 +18,10 @@ from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 from torch import Tensor, nn
 
 from intactkv import bos
+from intactkv.checkpoint.load import load_model, load_tokenizer
 from intactkv.doctor.forecast import gptq_step, hessians, minmax_grid, read_error
-from intactkv.evaluate import prefixed_windows
-from intactkv.load import load_model, load_tokenizer, read_text
+from intactkv.evaluating import prefixed_windows
+from intactkv.texts import read_text
 
 GROUP = 64
 

@@ -28,12 +28,13 @@ from torch import Tensor
 from intactkv import IntactKV, bos, chat_prefix, text_prefix
 from intactkv.artifact.hub import FILE as PREFIX_KV
 from intactkv.attaching.plain import made_for_prefix
-from intactkv.calibrate import Objective, Settings, calibrate, split, text_samples
-from intactkv.evaluate import Arm, Evaluation, Windows, evaluate, prefixed_windows
-from intactkv.evaluate.metrics import summary
+from intactkv.calibrating import Objective, Settings, calibrate, split, text_samples
+from intactkv.checkpoint.load import device_named, load_model_on, load_tokenizer
+from intactkv.evaluating import Arm, Evaluation, Windows, evaluate, prefixed_windows
+from intactkv.evaluating.metrics import summary
 from intactkv.files import write_atomically
-from intactkv.load import device_named, load_model_on, load_tokenizer, read_text
-from intactkv.quantize import AWQ, GPTQ, RTN, AutoRound, Method, Rotated, SmoothQuant, quantize
+from intactkv.quantizing import AWQ, GPTQ, RTN, AutoRound, Method, Rotated, SmoothQuant, quantize
+from intactkv.texts import read_text
 
 GROUP, LEARN, WINDOW, WINDOWS = 64, 128, 512, 150
 HELD_OUT = "held-out"  # of the calibration's text
@@ -245,6 +246,45 @@ def ratios(
         ratio = above[drawn].mean(1) / below[drawn].mean(1)
         low, high = ratio.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
         print(f"{pair}: {float(above.mean() / below.mean()):.3f} [{low:.3f}, {high:.3f}]")
+
+
+SHOWN = {  # what the README's picture shows
+    "gptq-w3": "3 bits\nGPTQ", "gptq-asym-w3": "3 bits\nGPTQ, asym.", "gptq-w4": "4 bits\nGPTQ",
+    "w4a8-static-gptq": "W4A8 static\nGPTQ", "autoround-w3": "3 bits\nAutoRound",
+}  # fmt: skip
+ARMS = {
+    "ordinary checkpoint, own prefix": ("ordinary", "own", "#9aa5b1"),
+    "ordinary checkpoint, intact KV": ("ordinary", "intact", "#5b8db8"),
+    "made for its intact KV": ("aware", "intact", "#1f5f8b"),
+}
+
+
+@app.command()
+def picture(
+    outs: Annotated[list[str], typer.Argument(help="TITLE=FOLDER of JSON files, one for each model.")],
+    svg: Annotated[Path, typer.Option(help="The picture to write.")],
+    text: Annotated[str, typer.Option(help="C4 or WikiText-2.")] = "C4",
+) -> None:
+    """Draw the arms' KL of some checkpoints side by side."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    matplotlib.rcParams |= {"svg.hashsalt": "intactkv", "font.size": 9, "svg.fonttype": "none"}
+    figure, axes = pyplot.subplots(1, len(outs), figsize=(9, 3), layout="constrained")
+    for axis, named in zip(axes, outs, strict=True):
+        title, _, folder = named.partition("=")
+        for i, (label, (kind, arm, color)) in enumerate(ARMS.items()):
+            files = [json.loads((Path(folder) / f"{job}-{kind}.json").read_text()) for job in SHOWN]
+            heights = [file["texts"][text][arm]["kl_mean"] for file in files]
+            axis.bar([x + 0.27 * (i - 1) for x in range(len(SHOWN))], heights, 0.25, color=color, label=label)
+        axis.set_xticks(range(len(SHOWN)), SHOWN.values(), fontsize=7)
+        axis.set_title(title, fontsize=9)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel(f"KL to the full model, {text}")
+    axes[-1].legend(frameon=False, fontsize=7)
+    figure.savefig(svg, metadata={"Date": None})
 
 
 def kl_by_window(out: Path, side: str, text: str) -> Tensor:

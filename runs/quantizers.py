@@ -22,10 +22,11 @@ from rich.console import Console
 from rich.progress import Progress
 
 from intactkv import IntactKV, IntactKVError, bos, capture
+from intactkv.checkpoint.load import load_model, load_tokenizer
 from intactkv.demo import MODEL, TEXT
-from intactkv.evaluate import Arm, Evaluation, Interval, Windows, evaluate, prefixed_windows
-from intactkv.load import load_model, load_tokenizer, read_text
-from intactkv.quantize import AWQ, GPTQ, PREFIX_KV, RTN, AutoRound, Method, Rotated, SmoothQuant, quantize
+from intactkv.evaluating import Arm, Evaluation, Interval, Windows, evaluate, prefixed_windows
+from intactkv.quantizing import AWQ, GPTQ, PREFIX_KV, RTN, AutoRound, Method, Rotated, SmoothQuant, quantize
+from intactkv.texts import read_text
 
 BITS, GROUP, LEARN = (4, 3, 2), 128, 32
 HEADER = (

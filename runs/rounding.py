@@ -16,11 +16,12 @@ import torch
 import typer
 
 from intactkv import bos
-from intactkv.basis import basis
+from intactkv.basis.compare import basis
+from intactkv.checkpoint.load import load_model, load_tokenizer
 from intactkv.demo import MODEL, TEXT
-from intactkv.evaluate import prefixed_windows
-from intactkv.load import load_model, load_tokenizer, read_text
-from intactkv.quantize import AWQ, GPTQ, RTN, AutoRound, Rotated, SmoothQuant, quantize
+from intactkv.evaluating import prefixed_windows
+from intactkv.quantizing import AWQ, GPTQ, RTN, AutoRound, Rotated, SmoothQuant, quantize
+from intactkv.texts import read_text
 
 
 def main(

@@ -2,7 +2,7 @@
 
 What it does: makes W8A8 checkpoints with one static scale for each layer's input, ordinary ones and ones made for their
 intact [BOS], each with other settings of llm-compressor's observer, and measures KL to the full model on calibration
-text that they were not made from. `intactkv.quantize` has the settings of the lowest line.
+text that they were not made from. `intactkv.quantizing` has the settings of the lowest line.
 What it gives up: one calibration text, round to nearest.
 """
 
@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 from prefix_aware import HELD_OUT, LEARN, WINDOWS, Bench, Job
 
-from intactkv.quantize import RTN, methods
+from intactkv.quantizing import RTN, methods
 
 
 def settings() -> Iterator[tuple[str, dict[str, Any]]]:

@@ -22,7 +22,7 @@ import transformers
 from models import PREFIX, VOCAB, build, by_name
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from intactkv.basis import DOOR
+from intactkv.basis.compare import DOOR
 
 Load = Callable[..., PreTrainedModel]  # of a dtype, and where the format allows of from_pretrained's arguments
 
@@ -98,8 +98,8 @@ def calibration(rows: int = 16, length: int = 64) -> list[list[int]]:
 
 
 def round_to_nearest(full: Path, out: Path, *, symmetric: bool = True) -> Load:
-    """`intactkv.quantize`, `RTN(bits=4, group_size=64)`"""
-    from intactkv.quantize import RTN, quantize
+    """`intactkv.quantizing`, `RTN(bits=4, group_size=64)`"""
+    from intactkv.quantizing import RTN, quantize
 
     quantize(full, out, method=RTN(bits=4, group_size=GROUP, symmetric=symmetric))
     return partial(load, out)
@@ -167,8 +167,8 @@ def _rotated(*rotations: str) -> list[Any]:
 
 
 def rotated_online(full: Path, out: Path) -> Load:
-    """llm-compressor's `oneshot`, loaded by `intactkv.load.load_model`"""
-    from intactkv.load import load_model
+    """llm-compressor's `oneshot`, loaded by `intactkv.checkpoint.load.load_model`"""
+    from intactkv.checkpoint.load import load_model
 
     oneshot(full, out, recipe=partial(_rotated, "R1", "R2", "R4"))
     return lambda dtype: load_model(out, dtype=dtype)

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from intactkv import Attachment, IntactKV, IntactKVError, attach, capture
-from intactkv.calibrate import Objective, Sample, Samples, Settings, Split, calibrate
+from intactkv.calibrating import Objective, Sample, Samples, Settings, Split, calibrate
 
 P = len(PREFIX)
 PAGE = Path(__file__).parent.parent / "docs/backends.md"

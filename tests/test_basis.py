@@ -13,10 +13,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from intactkv import IntactKVError, capture
-from intactkv.basis import align, basis, describe, embedding_change, show_noise
+from intactkv.basis.compare import align, basis, describe, embedding_change, show_noise
+from intactkv.basis.relate import FLOOR, MIXED, nearest_rotation, relate, rescaled, slopes
+from intactkv.checkpoint.load import load_model
 from intactkv.demo import MODEL
-from intactkv.load import load_model
-from intactkv.relate import FLOOR, MIXED, nearest_rotation, relate, rescaled, slopes
 
 P, DIM = len(PREFIX), 16
 

@@ -10,9 +10,9 @@ from models import ARCHITECTURES, Architecture, build, prompts, rounded
 from torch import Tensor
 
 from intactkv import IntactKVError
+from intactkv.checkpoint.load import load_model, load_tokenizer
 from intactkv.demo import MODEL, TEXT
 from intactkv.doctor import rounded_model
-from intactkv.load import load_model, load_tokenizer
 from intactkv.pivots.budget import (
     Pair,
     energy_left,

@@ -23,8 +23,9 @@ from test_cli import intactkv
 from torch import Tensor
 
 from intactkv import IntactKV, IntactKVError, capture
+from intactkv.checkpoint.source import checkpoint_digest
 from intactkv.demo import MODEL, TEXT
-from intactkv.evaluate import (
+from intactkv.evaluating import (
     Arm,
     Evaluation,
     Windows,
@@ -34,12 +35,11 @@ from intactkv.evaluate import (
     stored,
     token_metrics,
 )
-from intactkv.evaluate.cached import Checkpoint, StoredArm, Traces, evaluate_cached
-from intactkv.evaluate.markdown import append_rows, header
-from intactkv.evaluate.records import read_record, write_record
-from intactkv.evaluate.stored import Store
-from intactkv.evaluate.truncated import token_bytes, top, top_metrics
-from intactkv.load import checkpoint_digest
+from intactkv.evaluating.cached import Checkpoint, StoredArm, Traces, evaluate_cached
+from intactkv.evaluating.markdown import append_rows, header
+from intactkv.evaluating.records import read_record, write_record
+from intactkv.evaluating.stored import Store
+from intactkv.evaluating.truncated import token_bytes, top, top_metrics
 
 WINDOW, BATCH = 24, 3
 

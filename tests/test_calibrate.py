@@ -18,17 +18,17 @@ from torch import Tensor, nn
 
 from intactkv import IntactKV, IntactKVError, attach, capture
 from intactkv.artifact.digest import weights_digest
-from intactkv.calibrate import Objective, Report, Sample, Samples, Settings, Split, calibrate, spool, spool_bytes
-from intactkv.calibrate.activations import activations_fit
-from intactkv.calibrate.backward import effective_weight, frozen, straight_through
-from intactkv.calibrate.board import board
-from intactkv.calibrate.judge import verdict_of
-from intactkv.calibrate.outputs import batched, outputs
-from intactkv.calibrate.processes import exchange_device, share
-from intactkv.calibrate.step import gradients_, order, step_, with_tensors
-from intactkv.calibrate.targets import Live
-from intactkv.calibrate.train import _start
-from intactkv.evaluate import TokenMetrics
+from intactkv.calibrating import Objective, Report, Sample, Samples, Settings, Split, calibrate, spool, spool_bytes
+from intactkv.calibrating.activations import activations_fit
+from intactkv.calibrating.backward import effective_weight, frozen, straight_through
+from intactkv.calibrating.board import board
+from intactkv.calibrating.judge import verdict_of
+from intactkv.calibrating.outputs import batched, outputs
+from intactkv.calibrating.processes import exchange_device, share
+from intactkv.calibrating.step import gradients_, order, step_, with_tensors
+from intactkv.calibrating.targets import Live
+from intactkv.calibrating.train import _start
+from intactkv.evaluating import TokenMetrics
 
 P = len(PREFIX)
 KL, BLOCKS, BOTH = Objective(blocks=0, kl=1), Objective(), Objective(blocks=1, kl=1)
@@ -351,7 +351,7 @@ from dataclasses import replace
 from pathlib import Path
 from test_calibrate import QUICK, data
 from models import by_name, make_pair
-from intactkv.calibrate import calibrate
+from intactkv.calibrating import calibrate
 full, model, kv = make_pair(by_name("llama-gqa"))
 settings = replace(QUICK, steps=26, check_every=1, patience=99)
 
@@ -573,8 +573,8 @@ def test_where_no_gradient_can_be_had_the_backend_is_named() -> None:
 def test_checkpoints_by_llm_compressor_calibrate(tmp_path: Path, activation_bits: int | None) -> None:
     """Rounded weights have a backward pass in transformers; rounded activations do not, and are mended."""
     pytest.importorskip("llmcompressor")
-    from intactkv.load import load_model
-    from intactkv.quantize import RTN, quantize
+    from intactkv.checkpoint.load import load_model
+    from intactkv.quantizing import RTN, quantize
 
     full = build(by_name("llama-gqa"), num_hidden_layers=2)
     method = RTN(3, 32, symmetric=False) if activation_bits is None else RTN(8, None, activation_bits=activation_bits)
@@ -649,7 +649,7 @@ from pathlib import Path
 from test_calibrate import QUICK, BOTH, kernels, seen
 from models import by_name, make_pair
 from dataclasses import replace
-from intactkv.calibrate import calibrate
+from intactkv.calibrating import calibrate
 torch.set_num_threads(1)
 full, model, kv = make_pair(by_name("llama-gqa"))
 state_file, settings = Path({folder!r}, "state"), replace(QUICK, objective=BOTH)

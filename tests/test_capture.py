@@ -32,7 +32,7 @@ from transformers import (
 from intactkv import IntactKV, attach, capture
 from intactkv.artifact.digest import weights_digest
 from intactkv.artifact.fingerprint import fingerprint
-from intactkv.capturing import tokenizer_digest
+from intactkv.capturing.live import tokenizer_digest
 from intactkv.error import IntactKVError
 
 LONG = [*PREFIX, *range(9, 22)]  # twice the sliding windows of the tiny models

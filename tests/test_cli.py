@@ -18,11 +18,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from intactkv import IntactKV
+from intactkv.checkpoint.load import load_model, load_tokenizer
 from intactkv.cli import main
 from intactkv.demo import MODEL, TEXT
-from intactkv.evaluate import Interval, judge
-from intactkv.load import load_model, load_tokenizer
-from intactkv.quantize import chosen
+from intactkv.evaluating import Interval, judge
+from intactkv.quantizing import chosen
 
 pytest.importorskip("llmcompressor")
 

@@ -15,11 +15,11 @@ from models import rounded
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from intactkv import bos, capture
+from intactkv.checkpoint.load import load_model, load_tokenizer
 from intactkv.demo import MODEL, TEXT
-from intactkv.evaluate import WORTH_IT, Evaluation, judge, prefixed_windows, three_arms
-from intactkv.load import load_model, load_tokenizer
+from intactkv.evaluating import WORTH_IT, Evaluation, judge, prefixed_windows, three_arms
 from intactkv.pivots import diagnose, first_token_pivots, measure
-from intactkv.report import pivot_sentence
+from intactkv.pivots.words import pivot_sentence
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "pretrain"
 CONTROL = Path(__file__).parent / "control_model"

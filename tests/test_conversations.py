@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from intactkv import IntactKVError, bos, chat_prefix
-from intactkv.calibrate import conversation_samples, split, text_samples
-from intactkv.calibrate.conversations import tokenized
+from intactkv.calibrating import conversation_samples, split, text_samples
+from intactkv.calibrating.conversations import tokenized
+from intactkv.checkpoint.load import load_tokenizer
 from intactkv.demo import MODEL, TEXT
-from intactkv.load import load_tokenizer
 
 TALK = [
     {"role": "system", "content": "Be brief."},

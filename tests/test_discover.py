@@ -14,8 +14,8 @@ from models import build, by_name
 from planted import BOS, planted
 
 from intactkv import IntactKVError
+from intactkv.checkpoint.load import load_model, load_tokenizer
 from intactkv.demo import MODEL, TEXT
-from intactkv.load import load_model, load_tokenizer
 from intactkv.pivots import discover
 from intactkv.pivots.discover import MOST_TOKENS, TRIES, chosen, first_of_chat, opening, pieces, search, shortest_prefix
 

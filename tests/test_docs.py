@@ -9,11 +9,11 @@ import pytest
 from models import ARCHITECTURES
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
+README, GUIDE, HOUSE = ((ROOT / name).read_text() for name in ("README.md", "docs/guide.md", "docs/house.md"))
 
 
 def test_the_file_tree_names_every_source_file_and_nothing_else() -> None:
-    tree = README[README.rindex("## Files") :]
+    tree = HOUSE[HOUSE.rindex("src/intactkv/") :]
     named = set(re.findall(r"(\w+\.py)\b", tree[: tree.index("tests/")]))
     there = {p.name for p in (ROOT / "src/intactkv").glob("**/*.py")} - {"__init__.py", "run.py"}
     assert named == there
@@ -23,7 +23,7 @@ def test_the_architecture_page_is_of_this_table() -> None:
     page = (ROOT / "docs/architectures.md").read_text()
     rows = re.findall(r"^\| ([a-z0-9-]+) \|", page, re.MULTILINE)
     assert rows[1:] == [a.name for a in ARCHITECTURES]
-    assert f"the {len(ARCHITECTURES)} architectures" in README
+    assert f"the {len(ARCHITECTURES)} architectures" in GUIDE
     for row in page.splitlines():
         if row.startswith("| ") and not row.startswith("| architecture"):
             figures = [float(f) for f in re.findall(r"\d\.?\d*e-\d+", row)]
@@ -38,8 +38,8 @@ COMMANDS = ["capture", "quantize", "check", "eval", "mtbench", "calibrate", "gen
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_the_readme_names_every_command(command: str) -> None:
-    assert re.search(rf"^intactkv {command}\b", README, re.MULTILINE)
+def test_the_guide_names_every_command(command: str) -> None:
+    assert re.search(rf"^intactkv {command}\b", GUIDE, re.MULTILINE)
 
 
 PAGES = sorted(

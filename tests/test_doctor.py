@@ -22,14 +22,14 @@ from test_control import CONTROL, control  # noqa: F401 (a fixture)
 from transformers import PreTrainedModel
 
 from intactkv import IntactKVError
+from intactkv.checkpoint.load import load_model, load_tokenizer
 from intactkv.demo import MODEL, TEXT
 from intactkv.doctor import examine, page, rounded_model
 from intactkv.doctor.examine import Examination, to_dict
 from intactkv.doctor.html import _STYLE, _verdicts
 from intactkv.doctor.run import run
 from intactkv.doctor.simulate import round_to_nearest
-from intactkv.evaluate.verdict import Verdict
-from intactkv.load import load_model, load_tokenizer
+from intactkv.evaluating.verdict import Verdict
 
 pytest.importorskip("matplotlib")
 
@@ -266,7 +266,7 @@ def test_rounding_errs_by_half_a_step_at_most_and_keeps_zero(bits: int) -> None:
 
 def test_simulated_rounding_is_llm_compressors(tmp_path: Path) -> None:
     pytest.importorskip("llmcompressor")
-    from intactkv.quantize import RTN, quantize
+    from intactkv.quantizing import RTN, quantize
 
     quantize(MODEL, tmp_path / "w3", method=RTN(bits=3, group_size=128, symmetric=False))
     theirs = load_model(tmp_path / "w3", dtype=torch.float32)

@@ -18,8 +18,8 @@ from test_cli import intactkv
 from intactkv import IntactKV, IntactKVError, capture
 from intactkv.demo import MODEL, TEXT
 from intactkv.files import check_folder, check_outputs, json_data, write_atomically
-from intactkv.load import read_text
-from intactkv.report import write_json
+from intactkv.provenance import write_json
+from intactkv.texts import read_text
 
 
 def test_threads_that_write_one_path_leave_one_whole_file(tmp_path: Path) -> None:

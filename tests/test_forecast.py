@@ -13,12 +13,13 @@ from test_control import CONTROL
 from test_doctor import on_planted  # noqa: F401 (a fixture)
 
 from intactkv import IntactKVError
+from intactkv.checkpoint.load import load_model, load_tokenizer
 from intactkv.demo import MODEL, TEXT
 from intactkv.doctor import examine
 from intactkv.doctor.examine import Examination
 from intactkv.doctor.forecast import forecast, gptq_step, hessians, read_error
 from intactkv.doctor.words import forecast_sentence
-from intactkv.load import load_model, load_tokenizer, read_text
+from intactkv.texts import read_text
 
 pytest.importorskip("llmcompressor")
 
@@ -110,7 +111,7 @@ def test_the_doctor_says_it_and_says_why_not(on_planted: Examination, monkeypatc
 
 def test_the_forecast_brings_no_noise_of_the_quantizer(tmp_path: Path) -> None:
     script = (
-        "import torch, intactkv\nfrom intactkv.demo import MODEL\nfrom intactkv.load import load_model\n"
+        "import torch, intactkv\nfrom intactkv.demo import MODEL\nfrom intactkv.checkpoint.load import load_model\n"
         "from intactkv.doctor.forecast import forecast\n"
         "forecast(load_model(MODEL, dtype=torch.float32), list(range(8, 900)), [0], bits=(4,))\n"
     )

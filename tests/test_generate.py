@@ -11,9 +11,9 @@ from test_cli import intactkv
 from transformers import GenerationConfig
 
 import intactkv as ik
+from intactkv.checkpoint.load import load_model, load_tokenizer
 from intactkv.demo import MODEL
 from intactkv.generate import continuation, encode
-from intactkv.load import load_model, load_tokenizer
 
 PROMPT = "The river rises in the mountains and"
 

@@ -22,13 +22,13 @@ from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from intactkv import IntactKV, IntactKVError, bos, capture
+from intactkv.checkpoint.load import load_model, load_tokenizer
 from intactkv.demo import MODEL
 from intactkv.doctor.simulate import rounded_model
 from intactkv.harness.command import compare_arms, lm_eval
 from intactkv.harness.compare import compare, read_samples, rows
 from intactkv.harness.model import IntactLM
 from intactkv.harness.tasks import TASKS, write_tasks
-from intactkv.load import load_model, load_tokenizer
 
 PAIRS = [
     ("The river rises in", " the mountains and"),

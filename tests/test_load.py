@@ -14,8 +14,9 @@ from models import build, by_name
 from safetensors.torch import load_file, save_file
 
 from intactkv import IntactKV, IntactKVError, attach, capture
+from intactkv.checkpoint.load import device_named, dtype_named, load_model, load_model_on, load_tokenizer
+from intactkv.checkpoint.source import checkpoint_digest
 from intactkv.demo import MODEL
-from intactkv.load import checkpoint_digest, device_named, dtype_named, load_model, load_model_on, load_tokenizer
 
 CPU, CARD = torch.device("cpu"), torch.device("cuda:0")
 
@@ -64,7 +65,7 @@ def test_an_accelerator_is_taken_if_there_is_one(monkeypatch: pytest.MonkeyPatch
 def test_weights_packed_by_another_version_are_refused(tmp_path: Path) -> None:
     """Before compressed-tensors 0.18 ten 3-bit values took an integer; today's reader would make others of them."""
     pytest.importorskip("llmcompressor")
-    from intactkv.quantize import RTN, quantize
+    from intactkv.quantizing import RTN, quantize
 
     quantize(build(by_name("llama-gqa")), tmp_path / "w3", method=RTN(3, 16))
     load_model(tmp_path / "w3")
@@ -142,7 +143,7 @@ def test_a_gguf_of_floats_is_a_full_model_and_any_other_a_quantized_one(ggufs: P
         capture(ggufs / "Q8_0" / "model.gguf", [1])
     assert checkpoint_digest(full) != checkpoint_digest(ggufs / "Q8_0" / "model.gguf")
     pytest.importorskip("llmcompressor")
-    from intactkv.quantize import PREFIX_KV, RTN, quantize
+    from intactkv.quantizing import PREFIX_KV, RTN, quantize
 
     with pytest.raises(IntactKVError, match=r"quantized already \(gguf\)"):
         quantize(ggufs / "Q8_0" / "model.gguf", tmp_path / "q", method=RTN(4, 32))

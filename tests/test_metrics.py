@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div
 
 from intactkv.error import IntactKVError
-from intactkv.evaluate import (
+from intactkv.evaluating import (
     TokenMetrics,
     difference_statistic,
     full_metrics,

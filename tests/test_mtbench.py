@@ -17,8 +17,8 @@ from test_conversations import CHATML, with_template
 
 from intactkv import IntactKV, IntactKVError, attach, bos, capture, chat_prefix
 from intactkv.attaching.handle import is_attached
+from intactkv.checkpoint.load import load_model, load_tokenizer
 from intactkv.demo import MODEL
-from intactkv.load import load_model, load_tokenizer
 from intactkv.mtbench.answer import Answerer, Settings, answers, check_prefix
 from intactkv.mtbench.chat import prompt_ids, turn_end
 from intactkv.mtbench.files import AnswerFile, answers_of, read_answers

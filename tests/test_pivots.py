@@ -17,12 +17,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from intactkv import IntactKVError
-from intactkv.evaluate import WORTH_IT, Interval, judge, verdict
+from intactkv.evaluating import WORTH_IT, Interval, judge, verdict
 from intactkv.pivots import diagnose, first_token_pivots, measure, uniform_mass
 from intactkv.pivots.attention import watched_attention
 from intactkv.pivots.classify import KEY_BIAS
 from intactkv.pivots.weights import BLOCK_ELEMENTS, Rule, weight_blocks
-from intactkv.report import pivot_sentence
+from intactkv.pivots.words import pivot_sentence
 
 ROOT = Path(__file__).parent.parent
 LENGTH = 8  # no longer than llama4's attention chunk

@@ -9,7 +9,7 @@ from planted import BOS, damaged, planted
 from transformers import PreTrainedModel
 
 from intactkv import IntactKV, attach, capture
-from intactkv.evaluate import Windows, judge, three_arms, verdict
+from intactkv.evaluating import Windows, judge, three_arms, verdict
 from intactkv.pivots import first_token_pivots, measure, without_pivot
 
 

@@ -13,13 +13,14 @@ from test_control import CONTROL
 from transformers import BloomConfig, LlamaConfig
 
 from intactkv import IntactKVError, capture
-from intactkv.calibrate import Sample, Samples, Settings, calibrate, split
+from intactkv.calibrating import Sample, Samples, Settings, calibrate, split
+from intactkv.checkpoint.load import load_model, load_tokenizer
 from intactkv.demo import MODEL, TEXT
-from intactkv.evaluate import Arm, evaluate, prefixed_windows
+from intactkv.evaluating import Arm, evaluate, prefixed_windows
 from intactkv.generate import continuation
-from intactkv.load import first_tokens, load_model, load_tokenizer, read_text
 from intactkv.pivots import measure
 from intactkv.positions import check_positions, most_positions
+from intactkv.texts import first_tokens, read_text
 
 
 def llama(**settings: Any) -> LlamaConfig:
@@ -78,7 +79,7 @@ def test_every_door_refuses_what_is_longer(short: Any) -> None:
     with pytest.raises(IntactKVError, match=r"the prompt with what is generated takes 34 positions"):
         continuation(short, load_tokenizer(MODEL), ids[:1, :20], max_new_tokens=14)
     pytest.importorskip("llmcompressor")
-    from intactkv.quantize import GPTQ, quantize
+    from intactkv.quantizing import GPTQ, quantize
 
     with pytest.raises(IntactKVError, match=f"a calibration window {message}"):
         quantize(short, "never", method=GPTQ(4, 16), calibration=ids)

@@ -21,18 +21,19 @@ from intactkv import IntactKV, IntactKVError, attach, bos, capture
 from intactkv.attaching.locate import Sites
 from intactkv.attaching.plain import made_for_prefix
 from intactkv.attaching.substitute import IntactTensors, put
+from intactkv.checkpoint.load import load_model, load_tokenizer
 from intactkv.decoder import blocks
 from intactkv.demo import MODEL, TEXT
-from intactkv.evaluate import command, prefixed_windows
-from intactkv.load import load_model, load_tokenizer, read_text
+from intactkv.evaluating import command, prefixed_windows
+from intactkv.texts import read_text
 
 pytest.importorskip("llmcompressor")
 
-from intactkv.quantize import AWQ, GPTQ, PREFIX_KV, RECIPE, RTN, AutoRound, Method, Rotated, SmoothQuant, quantize
-from intactkv.quantize.aware import PrefixAware
-from intactkv.quantize.compress import batches, compress_
-from intactkv.quantize.made_for import MadeFor
-from intactkv.quantize.quiet import patched, quiet
+from intactkv.quantizing import AWQ, GPTQ, PREFIX_KV, RECIPE, RTN, AutoRound, Method, Rotated, SmoothQuant, quantize
+from intactkv.quantizing.aware import PrefixAware
+from intactkv.quantizing.compress import batches, compress_
+from intactkv.quantizing.made_for import MadeFor
+from intactkv.quantizing.quiet import patched, quiet
 
 GROUP, P = 32, len(PREFIX)
 STATIC = RTN(8, None, activation_bits=8, static_activations=True)

@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from intactkv.error import IntactKVError
-from intactkv.quantize import RTN, quantize
+from intactkv.quantizing import RTN, quantize
 
 pytest.importorskip("llmcompressor")
 pytestmark = pytest.mark.filterwarnings("ignore:You passed `quantization_config`")  # how `dequantize` is given

@@ -18,17 +18,17 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from intactkv import IntactKV, IntactKVError, attach, capture
 from intactkv.artifact.digest import weights_digest
-from intactkv.evaluate import Arm, evaluate, prefixed_windows, three_arms
-from intactkv.load import load_model
+from intactkv.checkpoint.load import load_model
+from intactkv.evaluating import Arm, evaluate, prefixed_windows, three_arms
 
 pytest.importorskip("llmcompressor")
 
 from compressed_tensors.offload.cache.cpu import CPUCache
 
-from intactkv.quantize import AWQ, GPTQ, PREFIX_KV, RECIPE, RTN, AutoRound, Method, Rotated, SmoothQuant, quantize
-from intactkv.quantize.compress import compress_
-from intactkv.quantize.made_for import MadeFor
-from intactkv.quantize.quiet import quiet
+from intactkv.quantizing import AWQ, GPTQ, PREFIX_KV, RECIPE, RTN, AutoRound, Method, Rotated, SmoothQuant, quantize
+from intactkv.quantizing.compress import compress_
+from intactkv.quantizing.made_for import MadeFor
+from intactkv.quantizing.quiet import quiet
 
 GROUP = 32
 TRANSFORM, ATTACH = 1e-4, 2e-5  # on logits of up to 10, float32

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from intactkv.error import IntactKVError
-from intactkv.evaluate import Windows, paper_windows, prefixed_windows
+from intactkv.evaluating import Windows, paper_windows, prefixed_windows
 
 STREAM = torch.arange(10, 21)  # 11 tokens
 

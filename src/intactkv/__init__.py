@@ -11,11 +11,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from intactkv.artifact import IntactKV
     from intactkv.attaching.handle import Attachment, attach, detach
-    from intactkv.capturing import capture
+    from intactkv.calibrating import calibrate
+    from intactkv.capturing.live import capture
+    from intactkv.capturing.prefix import bos, chat_prefix, text_prefix
+    from intactkv.checkpoint.load import load_model
     from intactkv.error import IntactKVError
     from intactkv.packed import PackedCache, Packing, read_packed
     from intactkv.pivots import discover
-    from intactkv.prefix import bos, chat_prefix, text_prefix
+    from intactkv.quantizing import quantize
 
 _HOME = {
     "Attachment": "attaching.handle",
@@ -24,13 +27,16 @@ _HOME = {
     "PackedCache": "packed.cache",
     "Packing": "packed.cache",
     "attach": "attaching.handle",
-    "bos": "prefix",
-    "capture": "capturing",
-    "chat_prefix": "prefix",
+    "bos": "capturing.prefix",
+    "calibrate": "calibrating",
+    "capture": "capturing.live",
+    "chat_prefix": "capturing.prefix",
     "detach": "attaching.handle",
     "discover": "pivots",
+    "load_model": "checkpoint.load",
+    "quantize": "quantizing",
     "read_packed": "packed.reads",
-    "text_prefix": "prefix",
+    "text_prefix": "capturing.prefix",
 }
 
 __all__ = [
@@ -41,10 +47,13 @@ __all__ = [
     "Packing",
     "attach",
     "bos",
+    "calibrate",
     "capture",
     "chat_prefix",
     "detach",
     "discover",
+    "load_model",
+    "quantize",
     "read_packed",
     "text_prefix",
 ]

@@ -61,11 +61,13 @@ def capture_command(
     dtype: DType = "auto",
 ) -> None:
     """Let the full-precision MODEL compute the keys and values of a prefix, and save them."""
-    from intactkv.capturing import capture, refuse_quantized
+    from intactkv.capturing.live import capture
+    from intactkv.checkpoint.load import device_named, load_model_on, load_tokenizer
+    from intactkv.checkpoint.source import refuse_quantized
     from intactkv.demo import TEXT
-    from intactkv.load import device_named, first_tokens, load_model_on, load_tokenizer, read_text
     from intactkv.pivots import without_pivot
     from intactkv.pivots.discover import behind
+    from intactkv.texts import first_tokens, read_text
 
     check_outputs(out)
     tokenizer = load_tokenizer(model)
@@ -144,8 +146,9 @@ def quantize_command(
     A method that learns from text makes a checkpoint for that KV, which should not be used without it.
     """
     from intactkv.attaching.plain import made_for_prefix
-    from intactkv.load import device_named, dtype_named, load_tokenizer, read_text
-    from intactkv.quantize import PREFIX_KV, chosen, quantize
+    from intactkv.checkpoint.load import device_named, dtype_named, load_tokenizer
+    from intactkv.quantizing import PREFIX_KV, chosen, quantize
+    from intactkv.texts import read_text
 
     settings = chosen(
         method, bits=bits, group_size=_group_size(group_size), activation_bits=activation_bits, kv_bits=kv_bits,
@@ -190,9 +193,9 @@ def check_command(
 ) -> None:
     """Are MODEL's keys and values the full model's, rescaled or rotated ones, or another's? Refuses the last."""
     from intactkv.artifact import IntactKV
-    from intactkv.basis import align, basis, describe, show_noise
-    from intactkv.load import load_model_on
-    from intactkv.report import basis_table
+    from intactkv.basis.compare import align, basis, describe, show_noise
+    from intactkv.basis.words import basis_table
+    from intactkv.checkpoint.load import load_model_on
 
     check_outputs(out)
     artifact = IntactKV.from_pretrained(kv)
@@ -254,7 +257,7 @@ def eval_command(
     ] = None,
 ) -> None:
     """Compare three arms on a text: the full model, MODEL with its own prefix, MODEL with the intact prefix."""
-    from intactkv.evaluate import command as evaluation
+    from intactkv.evaluating import command as evaluation
 
     check_outputs(out, _markdown_file(markdown))
     if top is not None and cache is None:
@@ -371,11 +374,11 @@ def calibrate_command(
 ) -> None:
     """Train the intact KV to absorb what is left of MODEL's quantization error; keep it only if that helps."""
     from intactkv.artifact import IntactKV
-    from intactkv.calibrate import Settings
-    from intactkv.calibrate import command as calibration
-    from intactkv.calibrate.processes import is_main
-    from intactkv.capturing import check_tokenizer
-    from intactkv.load import load_tokenizer
+    from intactkv.calibrating import Settings
+    from intactkv.calibrating import command as calibration
+    from intactkv.calibrating.processes import is_main
+    from intactkv.capturing.live import check_tokenizer
+    from intactkv.checkpoint.load import load_tokenizer
 
     check_outputs(out, checkpoint)
     for folder in (spool, tensorboard):
@@ -462,8 +465,8 @@ def generate_command(
     from transformers import TextStreamer
 
     from intactkv.artifact import IntactKV
+    from intactkv.checkpoint.load import load_model_on, load_tokenizer
     from intactkv.generate import continuation, encode
-    from intactkv.load import load_model_on, load_tokenizer
 
     tokenizer = load_tokenizer(model)
     artifact = None if kv is None else IntactKV.from_pretrained(kv)
@@ -563,7 +566,7 @@ def _prefix(
     tokenizer: PreTrainedTokenizerBase, prefix: str | None, system: str | None, ids: str | None = None
 ) -> list[int]:
     """The ids that --prefix with --system names, or --ids gives."""
-    from intactkv.prefix import bos, chat_prefix, text_prefix
+    from intactkv.capturing.prefix import bos, chat_prefix, text_prefix
 
     if ids is not None:
         if prefix is not None or system is not None:

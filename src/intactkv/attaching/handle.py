@@ -33,7 +33,7 @@ from intactkv.attaching.coverage import uncovered_layers
 from intactkv.attaching.locate import NEVER, Progress, Sites, first_real, hidden_prefix, locate, sequence_starts
 from intactkv.attaching.masks import as_tensor, real_tokens, sees_previous, slots, token_positions, visible
 from intactkv.attaching.substitute import IntactTensors, Substitution
-from intactkv.basis import refuse_foreign
+from intactkv.basis.compare import refuse_foreign
 from intactkv.error import IntactKVError
 from intactkv.packed.cache import PackedLayer
 

@@ -21,7 +21,7 @@ from intactkv.artifact.fingerprint import check_fingerprint
 from intactkv.attaching.coverage import uncovered_layers
 from intactkv.attaching.handle import is_attached
 from intactkv.attaching.locate import Progress
-from intactkv.basis import refuse_foreign
+from intactkv.basis.compare import refuse_foreign
 from intactkv.error import IntactKVError
 
 _PREPARE = "prepare_inputs_for_generation"

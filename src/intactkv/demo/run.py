@@ -17,18 +17,22 @@ from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from intactkv.artifact import IntactKV
-from intactkv.capturing import capture
+from intactkv.capturing.live import capture
+from intactkv.capturing.prefix import bos
+from intactkv.checkpoint.load import load_model, load_tokenizer
+from intactkv.checkpoint.source import checkpoint_digest
 from intactkv.demo import MODEL, TEXT
 from intactkv.error import IntactKVError
-from intactkv.evaluate import Arm, Evaluation, evaluate, prefixed_windows
-from intactkv.evaluate.plot import plot_kl_by_position
+from intactkv.evaluating import Arm, Evaluation, evaluate, prefixed_windows
+from intactkv.evaluating.plot import plot_kl_by_position
+from intactkv.evaluating.words import arms_table, sentences
 from intactkv.generate import continuation, encode
-from intactkv.load import checkpoint_digest, load_model, load_tokenizer, read_text
 from intactkv.pivots import first_token_pivots, measure
-from intactkv.prefix import bos
-from intactkv.quantize import RTN, quantize
-from intactkv.report import arms_table, pivot_sentence, pivot_table, sentences, write_json
+from intactkv.pivots.words import pivot_sentence, pivot_table
+from intactkv.provenance import write_json
+from intactkv.quantizing import RTN, quantize
 from intactkv.screen import working
+from intactkv.texts import read_text
 
 BITS = (4, 3)
 GROUP_SIZE = 128

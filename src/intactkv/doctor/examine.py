@@ -16,18 +16,18 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from intactkv.artifact import IntactKV
-from intactkv.capturing import capture
+from intactkv.capturing.live import capture
+from intactkv.capturing.record import recorded
 from intactkv.decoder import watched_outputs
 from intactkv.doctor.forecast import Forecast, forecast
 from intactkv.error import IntactKVError
-from intactkv.evaluate import Arm, Evaluation, Interval, Windows, evaluate, judge, prefixed_windows
-from intactkv.evaluate.verdict import Verdict
+from intactkv.evaluating import Arm, Evaluation, Interval, Windows, evaluate, judge, prefixed_windows
+from intactkv.evaluating.verdict import Verdict
 from intactkv.pivots.attention import Attended, Blocks, watched_attention
 from intactkv.pivots.classify import Diagnosis, diagnose, without_pivot
 from intactkv.pivots.discover import Trial, pieces, search
 from intactkv.pivots.measure import LayerPivot, first_token_pivots
 from intactkv.pivots.pair import LayerBudget, error_budget, mse_by_prefix_size
-from intactkv.record import recorded
 
 SEARCHED = 0.3  # the share of the text in which pivots are looked for
 MOST_WINDOWS = 24  # of the rest, on which three arms are measured

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from intactkv.decoder import blocks
 from intactkv.error import IntactKVError
-from intactkv.evaluate import prefixed_windows
+from intactkv.evaluating import prefixed_windows
 from intactkv.positions import check_positions, check_tokens, most_positions
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def forecast(
     steps on four layers. Needs llm-compressor. Raises IntactKVError where no layer is a torch.nn.Linear that sees
     tokens in their places, where text is missing, and for a prefix that leaves no position for it.
     """
-    from intactkv.quantize.quiet import quiet
+    from intactkv.quantizing.quiet import quiet
 
     if not tokens:
         raise IntactKVError("a forecast needs some text of the kind that is calibrated on; give tokens")

@@ -19,8 +19,8 @@ from intactkv.doctor.words import (
     prefix_sentence,
     verdict_sentences,
 )
-from intactkv.evaluate import Interval
-from intactkv.evaluate.verdict import RULE, Verdict
+from intactkv.evaluating import Interval
+from intactkv.evaluating.verdict import RULE, Verdict
 from intactkv.pivots.pair import drops
 from intactkv.pivots.plot import plot_activations, plot_attention, plot_budget, plot_mse
 

@@ -8,7 +8,8 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from intactkv.capturing import refuse_quantized
+from intactkv.checkpoint.load import load_model_on, load_tokenizer
+from intactkv.checkpoint.source import refuse_quantized
 from intactkv.demo import MODEL, TEXT
 from intactkv.doctor.examine import Examination, examine, to_dict
 from intactkv.doctor.html import page
@@ -23,11 +24,12 @@ from intactkv.doctor.words import (
     verdict_sentences,
 )
 from intactkv.error import IntactKVError
-from intactkv.evaluate.verdict import RULE
+from intactkv.evaluating.verdict import RULE
+from intactkv.evaluating.words import arms_table
 from intactkv.files import check_outputs, write_atomically
-from intactkv.load import first_tokens, load_model_on, load_tokenizer, read_text
 from intactkv.pivots.discover import first_of_chat, opening
-from intactkv.report import arms_table, made_by, write_json
+from intactkv.provenance import made_by, write_json
+from intactkv.texts import first_tokens, read_text
 
 BITS = (4, 3)
 MOST_TOKENS = 200_000  # of the text, of which 70 % are held out: many times what is measured on

@@ -1,7 +1,7 @@
 """A quantized model without a quantizer: weights rounded to nearest in place, as they would be after unpacking.
 
 For a first answer when no quantized checkpoint is at hand, with nothing to install. The levels are those of
-`intactkv.quantize.RTN` with `symmetric=False`; weights stay in the model's dtype and nothing is packed.
+`intactkv.quantizing.RTN` with `symmetric=False`; weights stay in the model's dtype and nothing is packed.
 """
 
 from __future__ import annotations

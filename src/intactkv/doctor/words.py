@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from intactkv.doctor.examine import Examination
-from intactkv.evaluate import verdict
+from intactkv.evaluating import verdict
 from intactkv.pivots.classify import KEY_BIAS, PIVOT, Pivot
 
 LITTLE, MUCH = 1.1, 2.0  # times the error of the forecast: docs/prefix-aware.md has what was measured above and below

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from intactkv.error import IntactKVError
 from intactkv.files import check_folder, write_atomically
-from intactkv.report import write_json
+from intactkv.provenance import write_json
 
 
 def lm_eval(arguments: Sequence[str]) -> None:

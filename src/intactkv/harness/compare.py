@@ -11,7 +11,7 @@ import numpy as np
 from scipy.stats import binomtest
 
 from intactkv.error import IntactKVError
-from intactkv.evaluate.metrics import Interval
+from intactkv.evaluating.metrics import Interval
 from intactkv.lines import read_lines
 
 GROUPS = ("mmlu",)  # tasks named GROUP_… are counted together too

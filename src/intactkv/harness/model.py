@@ -22,11 +22,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from intactkv.artifact import IntactKV
 from intactkv.artifact.digest import weights_digest
 from intactkv.attaching.handle import attach
-from intactkv.capturing import tokenizer_digest
+from intactkv.capturing.live import tokenizer_digest
+from intactkv.capturing.prefix import bos
+from intactkv.checkpoint.load import load_model_on, load_tokenizer
 from intactkv.error import IntactKVError
-from intactkv.load import load_model_on, load_tokenizer
 from intactkv.positions import check_positions
-from intactkv.prefix import bos
 
 _HEEDED = (  # HFLM's arguments that it looks at where the model is loaded already
     "backend", "batch_size", "chat_template_args", "enable_thinking", "logits_cache", "max_batch_size", "max_length",

@@ -12,10 +12,11 @@ from typing import Any
 from rich.console import Console
 
 from intactkv.artifact import IntactKV
-from intactkv.capturing import check_tokenizer, tokenizer_digest
+from intactkv.capturing.live import check_tokenizer, tokenizer_digest
+from intactkv.checkpoint.load import load_model_on, load_tokenizer
+from intactkv.checkpoint.source import checkpoint_digest
 from intactkv.error import IntactKVError
-from intactkv.evaluate.markdown import append_rows
-from intactkv.load import checkpoint_digest, load_model_on, load_tokenizer
+from intactkv.evaluating.markdown import append_rows
 from intactkv.mtbench.answer import Answerer, Settings, answers, check_prefix
 from intactkv.mtbench.files import AnswerFile, answers_of, judgment_path
 from intactkv.mtbench.judge import Endpoint
@@ -24,7 +25,7 @@ from intactkv.mtbench.prompts import OURS, read_prompts
 from intactkv.mtbench.questions import Question, read_questions
 from intactkv.mtbench.scores import read_grades, summarize
 from intactkv.mtbench.tables import differences_table, markdown_rows, means_table
-from intactkv.report import made_by, write_json
+from intactkv.provenance import made_by, write_json
 from intactkv.screen import working
 
 ARMS = ("full", "own", "intact")

@@ -17,7 +17,7 @@ from typing import Any
 from intactkv.error import IntactKVError
 from intactkv.lines import read_lines, write_lines
 from intactkv.mtbench.questions import Question
-from intactkv.report import write_json
+from intactkv.provenance import write_json
 
 
 @dataclass(frozen=True)

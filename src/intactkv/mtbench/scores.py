@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from intactkv.error import IntactKVError
-from intactkv.evaluate.metrics import Interval
+from intactkv.evaluating.metrics import Interval
 from intactkv.lines import read_lines
 from intactkv.mtbench.questions import Question
 

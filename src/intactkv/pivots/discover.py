@@ -16,10 +16,10 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from intactkv.capturing.prefix import chat_prefix
 from intactkv.error import IntactKVError
 from intactkv.pivots.classify import PIVOT, outside
 from intactkv.pivots.measure import measure
-from intactkv.prefix import chat_prefix
 
 MOST_TOKENS = 8
 TRIES = 4  # candidates for each place of the prefix

@@ -13,11 +13,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from intactkv.capturing.record import Watched
 from intactkv.decoder import blocks, key_bias, watched_outputs
 from intactkv.error import IntactKVError
 from intactkv.pivots.attention import LONGEST_MAP, Attended, Blocks, watched_attention
 from intactkv.positions import check_tokens
-from intactkv.record import Watched
 
 TOKENS_AT_ONCE = 4096
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from intactkv.artifact import IntactKV
 from intactkv.attaching.handle import attach
-from intactkv.capturing import capture
+from intactkv.capturing.live import capture
 from intactkv.decoder import output_weight, watched_outputs
 from intactkv.error import IntactKVError
 from intactkv.pivots.attention import Attended, watched_attention

@@ -1,0 +1,1 @@
+"""The full model computes the artifact: which tokens, and what each layer hands to its cache."""

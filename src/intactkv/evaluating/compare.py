@@ -1,0 +1,369 @@
+"""Several models or prefixes measured against the full model, in one pass over it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from time import perf_counter
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from intactkv.artifact import IntactKV
+from intactkv.attaching.handle import attach, is_attached
+from intactkv.error import IntactKVError
+from intactkv.evaluating.metrics import (
+    Interval,
+    TokenMetrics,
+    difference_statistic,
+    full_metrics,
+    gap_closed_statistic,
+    paired_bootstrap,
+    summary,
+    summary_statistic,
+    token_metrics,
+)
+from intactkv.evaluating.windows import Windows
+from intactkv.positions import check_tokens
+
+FULL = ("full", "full bare")
+
+
+@dataclass(frozen=True, eq=False)
+class Arm:
+    """One thing to measure under a name: a model, with its own prefix or with an intact one attached.
+
+    `skip` first tokens of every window are not shown to it, nor to the full model it is compared with: the prefix's
+    length measures prompts without the prefix.
+    """
+
+    name: str
+    model: PreTrainedModel
+    kv: IntactKV | None = None
+    skip: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """What `evaluate` measured: per token, per layer, and how long it took.
+
+    `metrics` holds, under "full" and then under each arm's name, TokenMetrics of shape (window, length) on
+    the CPU, each value at the position of the token that was *predicted*; "full bare" is the full model where arms
+    skip the prefix. `block_mse` holds, by arm, float64
+    (layer), empty if not asked for. `pairs` are the arms (own, intact) that differ only in the prefix.
+    `seconds` is the wall time of all forwards and their comparison.
+    """
+
+    metrics: Mapping[str, TokenMetrics]
+    block_mse: Mapping[str, Float[Tensor, "layer"]]
+    pairs: tuple[tuple[str, str], ...]
+    seconds: float
+
+    @property
+    def arms(self) -> tuple[str, ...]:
+        """The names of the arms, without the full model's."""
+        return tuple(name for name in self.metrics if name not in FULL)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in all windows, prefixes included."""
+        return self.metrics["full"].kl.numel()
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens of the windows per second of the pass; each counts once, however many arms read it."""
+        return self.tokens / self.seconds
+
+    def times_perplexity(self, name: str) -> float:
+        """The arm's perplexity over the full model's."""
+        nll = [self._arm(arm).nll.double().nanmean() for arm in (name, "full")]
+        return float((nll[0] - nll[1]).exp())
+
+    def kl_by_position(self, name: str) -> Float[Tensor, "length"]:
+        """Mean KL in nats over the windows at each position, float64; NaN where no window scores it."""
+        return self._arm(name).kl.double().nanmean(dim=0)
+
+    def table(self) -> list[dict[str, Any]]:
+        """One row for the full model and one for each arm: its name, its scored tokens and its `summary`."""
+        return [
+            {"arm": name, "tokens": int(metrics.scored.sum()), **summary(metrics)}
+            for name, metrics in self.metrics.items()
+        ]
+
+    def intervals(self, *, resamples: int = 1000, seed: int = 0) -> dict[str, dict[str, Interval]]:
+        """Every arm's `summary` with 95 % intervals; the same windows are drawn for every arm."""
+        return {
+            name: paired_bootstrap(summary_statistic, metrics, generator=_generator(seed), resamples=resamples)
+            for name, metrics in self.metrics.items()
+        }
+
+    def difference(self, *, own: str, intact: str, resamples: int = 1000, seed: int = 0) -> dict[str, Interval]:
+        """Every figure of `summary`, arm `own` minus arm `intact`, with paired 95 % intervals."""
+        pair = self._arm(own), self._arm(intact)
+        return paired_bootstrap(difference_statistic, *pair, generator=_generator(seed), resamples=resamples)
+
+    def gap_closed(self, *, own: str, intact: str, resamples: int = 1000, seed: int = 0) -> Interval:
+        """The part of arm `own`'s mean KL that arm `intact` removes, with a paired 95 % interval; 1: all."""
+        pair = self._arm(own), self._arm(intact)
+        found = paired_bootstrap(gap_closed_statistic, *pair, generator=_generator(seed), resamples=resamples)
+        return found["gap_closed"]
+
+    def to_dict(self, *, resamples: int = 1000, seed: int = 0) -> dict[str, Any]:
+        """All figures as plain data for JSON; what is not a finite number is None."""
+        again = {"resamples": resamples, "seed": seed}
+        full = self.metrics["full"]
+        data = {
+            "windows": len(full.kl),
+            "window": full.kl.shape[1],
+            "tokens": self.tokens,
+            "scored_tokens": int(full.scored.sum()),
+            "seconds": self.seconds,
+            "tokens_per_second": self.tokens_per_second,
+            "bootstrap": again,
+            "arms": {
+                name: {metric: asdict(interval) for metric, interval in intervals.items()}
+                for name, intervals in self.intervals(**again).items()
+            },
+            "pairs": [self._pair_to_dict(own, intact, again) for own, intact in self.pairs],
+            "block_mse": {name: mse.tolist() for name, mse in self.block_mse.items()},
+            "kl_by_position": {name: self.kl_by_position(name).tolist() for name in self.arms},
+        }
+        return _finite(data)
+
+    def _pair_to_dict(self, own: str, intact: str, again: dict[str, int]) -> dict[str, Any]:
+        difference = self.difference(own=own, intact=intact, **again)
+        return {
+            "own": own,
+            "intact": intact,
+            "gap_closed": asdict(self.gap_closed(own=own, intact=intact, **again)),
+            "difference": {metric: asdict(interval) for metric, interval in difference.items()},
+        }
+
+    def _arm(self, name: str) -> TokenMetrics:
+        if name not in self.metrics:
+            raise IntactKVError(f"there is no arm {name!r}; the arms are {', '.join(self.metrics)}")
+        return self.metrics[name]
+
+
+def evaluate(
+    full: PreTrainedModel,
+    arms: Sequence[Arm],
+    windows: Windows,
+    *,
+    batch_size: int = 8,
+    block_mse: bool = True,
+    progress: Callable[[int, int], None] | None = None,
+) -> Evaluation:
+    """Measure every arm against the full model on the same windows and the same scored labels.
+
+    The full model reads each batch once, with its own prefix, for all arms. Arms may share one model: an
+    arm's `kv` is attached around its forward only. No more than one batch of logits, the full model's and one
+    arm's, is alive at a time. `progress(done, total)` is called with the number of windows after each batch.
+
+    Block-output MSE is, for each layer, the mean over hidden dimensions and over the positions that predict a
+    scored token, summed in float64. The prefix is not among them: attaching replaces its keys and values, its
+    hidden states remain the quantized model's. Rows are transformers' `hidden_states[1:]`; the last is taken
+    *after* the final norm and so is on another scale than the others. It holds every layer's output of one
+    batch of two models in memory; `block_mse=False` does without.
+
+    Raises `IntactKVError` for arm names that repeat or are "full", a model in training mode or with an
+    attachment, windows with ids outside a vocabulary, that do not start with an arm's prefix or that score
+    what its artifact predicts, models whose vocabularies or layers differ, and logits that are not finite.
+
+    Source: token metrics as in llama.cpp's --kl-divergence.
+    """
+    check_names([arm.name for arm in arms], batch_size)
+    for arm in (Arm("full", full), *arms):
+        check_arm(arm, windows)
+    batches = list(zip(windows.ids.cpu().split(batch_size), windows.scored.cpu().split(batch_size), strict=True))
+    measured: list[dict[str, tuple[TokenMetrics, Tensor]]] = []
+    began = perf_counter()
+    for i, (ids, scored) in enumerate(batches, start=1):
+        with torch.inference_mode():
+            measured.append(_measure_batch(full, arms, ids, scored, block_mse))
+        if progress is not None:
+            progress(min(i * batch_size, len(windows)), len(windows))
+    seconds = perf_counter() - began
+    metrics = {name: TokenMetrics.cat([batch[name][0] for batch in measured]) for name in measured[0]}
+    squares = {name: torch.stack([batch[name][1] for batch in measured]).sum(dim=0) for name in measured[0]}
+    pairs = tuple(
+        (own.name, intact.name)
+        for own in arms
+        for intact in arms
+        if own.model is intact.model and own.kv is None and intact.kv is not None and own.skip == intact.skip
+    )
+    mse = {arm.name: squares[arm.name] / int(windows.scored.sum()) for arm in arms if block_mse}
+    return Evaluation(metrics, mse, pairs, seconds)
+
+
+def three_arms(
+    full: PreTrainedModel,
+    model: PreTrainedModel,
+    kv: IntactKV,
+    windows: Windows,
+    *,
+    batch_size: int = 8,
+    block_mse: bool = True,
+    progress: Callable[[int, int], None] | None = None,
+) -> Evaluation:
+    """Measure `model` with its own prefix and with the intact one: `evaluate` with arms "own" and "intact".
+
+    Settings and errors as in `evaluate`.
+    """
+    arms = [Arm("own", model), Arm("intact", model, kv)]
+    return evaluate(full, arms, windows, batch_size=batch_size, block_mse=block_mse, progress=progress)
+
+
+@torch.inference_mode()
+def perplexity(arm: Arm, windows: Windows) -> float:
+    """exp of the mean negative log-likelihood of the scored tokens, one window at a time."""
+    total, count = 0.0, 0
+    for ids, scored in zip(windows.ids.cpu().split(1), windows.scored.cpu().split(1), strict=True):
+        logits, _ = forward(arm, ids, hidden=False)
+        labels = ids.roll(-1, dims=1).to(logits.device)
+        nll = at_labels(full_metrics(logits, labels), scored, name=arm.name).nll
+        total, count = total + float(nll.double().nansum()), count + int(scored.sum())
+    return math.exp(min(total / count, 700.0))
+
+
+def _measure_batch(
+    full: PreTrainedModel,
+    arms: Sequence[Arm],
+    ids: Int[Tensor, "window length"],
+    scored: Bool[Tensor, "window length"],
+    block_mse: bool,
+) -> dict[str, tuple[TokenMetrics, Float[Tensor, "layer"]]]:
+    """One batch's metrics and `_block_squares` by name, "full" first; without `block_mse` none of these."""
+    nothing = torch.empty(0, dtype=torch.float64)
+    measured = {}
+    for skip in dict.fromkeys([0, *(arm.skip for arm in arms)]):
+        shown, counts = ids[:, skip:], scored[:, skip:]
+        full_logits, full_hidden = forward(Arm("full", full), shown, hidden=block_mse)
+        labels = shown.roll(-1, dims=1).to(full_logits.device)  # the last position's is wrong and never scored
+        own = at_labels(full_metrics(full_logits, labels), counts, name=FULL[skip > 0])
+        measured[FULL[skip > 0]] = at_columns(own, skip), nothing
+        for arm in arms:
+            if arm.skip == skip:
+                logits, hidden = forward(arm, shown, hidden=block_mse)
+                metrics = token_metrics(full_logits, logits.to(labels.device), labels)
+                squares = _block_squares(full_hidden, hidden, counts, name=arm.name) if block_mse else nothing
+                measured[arm.name] = at_columns(at_labels(metrics, counts, name=arm.name), skip), squares
+                del logits, hidden  # before the next arm's are made
+    return measured
+
+
+def at_columns(metrics: TokenMetrics, skip: int) -> TokenMetrics:
+    """Metrics of windows without their first `skip` tokens, at the columns that the tokens have with them."""
+
+    def moved(values: Tensor) -> Tensor:
+        blank = values.new_full((len(values), skip), False if values.dtype == torch.bool else torch.nan)
+        return torch.cat([blank, values], dim=1)
+
+    return metrics.map(moved) if skip else metrics
+
+
+def forward(arm: Arm, ids: Int[Tensor, "window length"], *, hidden: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The arm's logits (window, length, vocab) and, if asked for, hidden states (window, length, hidden)."""
+    with attach(arm.model, arm.kv, check=False) if arm.kv is not None else nullcontext():  # harm is to be measured
+        output = arm.model(input_ids=ids.to(arm.model.device), use_cache=False, output_hidden_states=hidden)
+    return output.logits, output.hidden_states or ()
+
+
+def at_labels(metrics: TokenMetrics, scored: Bool[Tensor, "window length"], *, name: str) -> TokenMetrics:
+    """Metrics moved from predicting positions to the predicted tokens, on the CPU, blank where not scored."""
+    shifted = metrics.map(lambda values: values.roll(1, dims=1).cpu())
+    finite = shifted.kl.isfinite() & shifted.nll.isfinite()
+    if not finite[scored].all():
+        raise IntactKVError(
+            f"arm {name!r} has NaN or infinite KL or likelihood at {int((~finite & scored).sum())} scored tokens; "
+            "float16 overflow is the usual cause, load the model in bfloat16 or float32"
+        )
+    return shifted.map(lambda x: x & scored if x.dtype == torch.bool else x.masked_fill(~scored, torch.nan))
+
+
+def _block_squares(
+    full_hidden: tuple[Tensor, ...],
+    hidden: tuple[Tensor, ...],
+    scored: Bool[Tensor, "window length"],
+    *,
+    name: str,
+) -> Float[Tensor, "layer"]:
+    """Squared errors of each block's output, mean over dimensions, then summed over predicting positions."""
+    if not hidden or [h.shape for h in full_hidden] != [h.shape for h in hidden]:
+        raise IntactKVError(
+            f"arm {name!r} gives {len(hidden)} hidden states and the full model {len(full_hidden)}, or of other "
+            "widths; pass block_mse=False"
+        )
+    predicting = scored.roll(-1, dims=1)  # token 0 is never scored, so the last position is never set
+    layers = []
+    for full_block, block in zip(full_hidden[1:], hidden[1:], strict=True):  # (window, length, hidden)
+        chosen = predicting.to(block.device)
+        error = block[chosen].float() - full_block.to(block.device)[chosen].float()
+        layers.append(error.square().mean(dim=-1).cpu().sum(dtype=torch.float64))
+    return torch.stack(layers)
+
+
+def _generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def _finite(data: Any) -> Any:
+    """Plain data in which every float is a number that JSON has, or None."""
+    if isinstance(data, dict):
+        return {key: _finite(value) for key, value in data.items()}
+    if isinstance(data, list):
+        return [_finite(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
+
+
+def check_names(names: Sequence[str], batch_size: int) -> None:
+    """Raise `IntactKVError` for arm names that repeat or are "full", and for a batch size below 1."""
+    if not names or len(set(names)) < len(names) or set(FULL) & set(names):
+        raise IntactKVError(
+            f'the arms are named {names}; give at least one arm, every one its own name other than "full"'
+        )
+    if batch_size < 1:
+        raise IntactKVError(f"batch_size={batch_size} is too small; use 1 or more")
+
+
+def check_arm(arm: Arm, windows: Windows) -> None:
+    """Raise `IntactKVError` where `arm` cannot be measured on `windows`."""
+    check_tokens(arm.model.config, windows.ids, f"a window of arm {arm.name!r}")
+    if arm.model.training:
+        raise IntactKVError(f"the model of arm {arm.name!r} is in training mode; call model.eval() first")
+    if is_attached(arm.model):
+        raise IntactKVError(
+            f"the model of arm {arm.name!r} has an intact KV attached; remove it and give the arm its kv instead"
+        )
+    check_skip(arm.name, arm.skip, windows)
+    if arm.kv is not None:
+        check_prefix(arm.name, arm.kv.ids.cpu(), windows)
+
+
+def check_skip(name: str, skip: int, windows: Windows) -> None:
+    """Raise `IntactKVError` where a window scores what an arm without its first `skip` tokens cannot predict."""
+    if skip and windows.scored[:, : skip + 1].any():
+        raise IntactKVError(
+            f"the windows score a token up to position {skip}, which arm {name!r}, without the first {skip}, cannot "
+            f"predict; score from position {skip + 1} on"
+        )
+
+
+def check_prefix(name: str, prefix: Int[Tensor, "prefix"], windows: Windows) -> None:
+    """Raise `IntactKVError` where a window does not start with `prefix`, or scores what the artifact predicts."""
+    length = len(prefix)
+    if windows.ids.shape[1] <= length or not (windows.ids[:, :length].cpu() == prefix).all():
+        raise IntactKVError(
+            f"a window does not start with the {length} prefix tokens of arm {name!r}; "
+            "cut the stream with prefixed_windows(tokens, prefix=kv.ids, window=...)"
+        )
+    if windows.scored[:, : length + 1].any():
+        raise IntactKVError(
+            f"the windows score a token up to position {length}, which arm {name!r} predicts from the logits "
+            f"stored in its artifact; score from position {length + 1} on"
+        )

@@ -1,0 +1,21 @@
+"""Quantize a full model into a checkpoint that transformers and vLLM load, with the intact KV that fits it."""
+
+from intactkv.artifact.hub import FILE as PREFIX_KV
+from intactkv.attaching.plain import RECIPE
+from intactkv.quantizing.checkpoint import quantize
+from intactkv.quantizing.choice import chosen
+from intactkv.quantizing.methods import AWQ, GPTQ, RTN, AutoRound, Method, Rotated, SmoothQuant
+
+__all__ = [
+    "AWQ",
+    "GPTQ",
+    "PREFIX_KV",
+    "RECIPE",
+    "RTN",
+    "AutoRound",
+    "Method",
+    "Rotated",
+    "SmoothQuant",
+    "chosen",
+    "quantize",
+]
