@@ -874,8 +874,9 @@ def test_folders_and_files_are_found(small: Any, tmp_path: Path) -> None:
         pass
     with pytest.raises(IntactKVError, match=r"holds no prefix\.intactkv\.safetensors; write one"):
         IntactKV.from_pretrained(tmp_path)
-    with pytest.raises(IntactKVError, match="is no file or folder here, and no repository on the Hub"):
-        IntactKV.from_pretrained(tmp_path / "absent")
+    for absent in (tmp_path / "absent", "absent", "kv.safetensors", "a/b/c"):
+        with pytest.raises(IntactKVError, match="is not a file or folder; write one"):
+            IntactKV.from_pretrained(absent)
     (tmp_path / "file").write_text("")
     with pytest.raises(IntactKVError, match="it is a file; name a folder"):
         kv.save_pretrained(tmp_path / "file")
@@ -953,6 +954,9 @@ def test_the_hub_takes_it_and_gives_it_back(small: Any, tmp_path: Path) -> None:
         "kv = IntactKV.load(sys.argv[1])\n"
         "print(kv.push_to_hub('a/b', token='none'), kv.push_to_hub('a/b', token='none'))\n"
         "print(IntactKV.from_pretrained('a/b', revision='main').digest == kv.digest)\n"
+        "import huggingface_hub.constants; huggingface_hub.constants.HF_HUB_OFFLINE = True\n"
+        "try: IntactKV.from_pretrained('a/c')\n"
+        "except IntactKVError as error: print(str(error).split(' (')[0].replace(' ', '_'))\n"
     )
     where = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0",
              "HF_HUB_DISABLE_XET": "1"}  # fmt: skip
@@ -963,7 +967,8 @@ def test_the_hub_takes_it_and_gives_it_back(small: Any, tmp_path: Path) -> None:
         server.shutdown()
     assert done.returncode == 0, done.stderr
     commit = f"{where['HF_ENDPOINT']}/a/b/commit/{'1' * 40}"
-    assert done.stdout.split() == [commit, commit, "True"]
+    said = "a/c_is_no_folder_here,_is_not_in_the_Hub's_cache,_and_the_Hub_was_not_reached"
+    assert done.stdout.split() == [commit, commit, "True", said]
     page = Hub.files["README.md"].decode()
     assert "base_model: meta/Llama-9" in page
     assert f"{len(kv)} prefix tokens (ids `{kv.ids.tolist()}`)" in page

@@ -865,3 +865,16 @@ def test_a_prefix_in_pieces_is_refused_in_continuous_batching(settings: dict[str
     with attach(model, capture(full, prefix)):
         errors = [found.error for found in continuous(model, rows, **settings)]
     assert any("goes on with the prefix at position" in (error or "") for error in errors)
+
+
+def test_what_is_done_is_logged_and_nothing_is_shown_unasked(
+    caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    full = build(by_name("llama-gqa"))
+    with attach(full, capture(full, PREFIX)):
+        pass
+    assert capfd.readouterr() == ("", "")
+    with caplog.at_level("INFO", logger="intactkv"), attach(full, capture(full, PREFIX)):
+        pass
+    assert [record.getMessage().split(" ")[0] for record in caplog.records] == ["captured", "attached", "took"]
+    assert "3 tokens, 3 layers of llama" in caplog.text

@@ -214,7 +214,10 @@ def overflowing(full: LlamaForCausalLM) -> LlamaForCausalLM:
         (lambda full, kv: [Arm("a", copy.deepcopy(full).train())], "call model.eval"),
         (lambda full, kv: [Arm("a", full, capture(full, [1, 5, 8]))], "does not start with the 3 prefix tokens"),
         (lambda full, kv: [Arm("a", llama(vocab_size=101))], "same vocabulary"),
-        (lambda full, kv: [Arm("a", llama(vocab_size=90))], "a window of arm 'a' holds ids .* outside the vocabulary of 90;"),
+        (
+            lambda full, kv: [Arm("a", llama(vocab_size=90))],
+            "a window of arm 'a' holds ids .* outside the vocabulary of 90;",
+        ),
         (lambda full, kv: [Arm("a", llama(num_hidden_layers=3))], "pass block_mse=False"),
         (lambda full, kv: [Arm("a", overflowing(full))], "NaN or infinite"),
     ],

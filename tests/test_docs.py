@@ -15,7 +15,7 @@ README, GUIDE, HOUSE = ((ROOT / name).read_text() for name in ("README.md", "doc
 def test_the_file_tree_names_every_source_file_and_nothing_else() -> None:
     tree = HOUSE[HOUSE.rindex("src/intactkv/") :]
     named = set(re.findall(r"(\w+\.py)\b", tree[: tree.index("tests/")]))
-    there = {p.name for p in (ROOT / "src/intactkv").glob("**/*.py")} - {"__init__.py", "run.py"}
+    there = {p.name for p in (ROOT / "src/intactkv").glob("**/*.py")} - {"__init__.py", "__main__.py", "run.py"}
     assert named == there
 
 

@@ -113,11 +113,13 @@ def test_what_nobody_foresaw_is_one_sentence_too(monkeypatch: pytest.MonkeyPatch
         return raise_
 
     command = ("capture", MODEL, "-o", tmp_path / "kv")
-    monkeypatch.setattr("intactkv.capturing.capture", break_(torch.OutOfMemoryError("CUDA out of memory. Tried …")))
+    monkeypatch.setattr(
+        "intactkv.capturing.live.capture", break_(torch.OutOfMemoryError("CUDA out of memory. Tried …"))
+    )
     done = intactkv(*command)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith("error: the device's memory does not suffice (CUDA out of memory. Tried …); use")
-    monkeypatch.setattr("intactkv.capturing.capture", break_(IndexError("list index out of range\nmore")))
+    monkeypatch.setattr("intactkv.capturing.live.capture", break_(IndexError("list index out of range\nmore")))
     assert intactkv(*command).stderr.startswith("error: IndexError: list index out of range (nobody foresaw this")
     monkeypatch.setenv("INTACTKV_TRACEBACK", "1")
     with pytest.raises(IndexError):

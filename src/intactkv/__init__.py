@@ -4,6 +4,7 @@ Names are looked up when first asked for: importing torch and transformers takes
 not wait for. No name here may be a module's too, or importing that module would put it in the name's place.
 """
 
+import logging
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from intactkv.packed import PackedCache, Packing, read_packed
     from intactkv.pivots import discover
     from intactkv.quantizing import quantize
+
+logging.getLogger(__name__).addHandler(logging.NullHandler())  # `logging.basicConfig(level="INFO")` shows what is done
 
 _HOME = {
     "Attachment": "attaching.handle",

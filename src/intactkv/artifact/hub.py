@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from huggingface_hub import HfApi, ModelCard, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 
 from intactkv.error import IntactKVError, first_line
 
@@ -47,14 +47,23 @@ def located(source: str | os.PathLike[str], *, revision: str | None = None) -> P
         if not (path / FILE).is_file():
             raise IntactKVError(f"{path} holds no {FILE}; write one with `intactkv capture` or `save_pretrained`")
         return path / FILE
-    try:
-        return Path(hf_hub_download(os.fspath(source), FILE, revision=revision))
-    except EntryNotFoundError as error:
-        raise IntactKVError(f"{source} on the Hub holds no {FILE}; push one with `push_to_hub`") from error
-    except (OSError, ValueError, HfHubHTTPError, HFValidationError) as error:
+    name = os.fspath(source)
+    if name.count("/") != 1 or path.suffix == ".safetensors" or path.parent.is_dir():
         raise IntactKVError(
-            f"{source} is no file or folder here, and no repository on the Hub gives an intact KV "
-            f"({first_line(error)}); give a folder, a file or a repository's name"
+            f"{name} is not a file or folder; write one with `intactkv capture`, or give OWNER/NAME of a repository"
+        )
+    try:
+        return Path(hf_hub_download(name, FILE, revision=revision))
+    except LocalEntryNotFoundError as error:  # the Hub is not reached, or not to be
+        raise IntactKVError(
+            f"{name} is no folder here, is not in the Hub's cache, and the Hub was not reached "
+            f"({first_line(error)}); give a file, a folder, or a name when online"
+        ) from error
+    except EntryNotFoundError as error:
+        raise IntactKVError(f"{name} on the Hub holds no {FILE}; push one with `push_to_hub`") from error
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        raise IntactKVError(
+            f"{name} is no folder here, and the Hub gives no intact KV of that name ({first_line(error)}); check it"
         ) from error
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -23,6 +24,8 @@ from intactkv.checkpoint.load import load_model
 from intactkv.checkpoint.source import quantizer, refuse_quantized
 from intactkv.error import IntactKVError
 from intactkv.positions import check_positions
+
+log = logging.getLogger(__name__)
 
 # By this share a later token may seem to change an earlier one's keys or values: arithmetic in bfloat16, whose order
 # can depend on the batch. Attention that looks ahead changes them by tenths.
@@ -76,9 +79,10 @@ def capture(
     _check_causal(model, prefix)
     layers = {i: (key[0].clone(), value[0].clone()) for i, (key, value) in batch.items()}
     check_finite(layers, "load the full model in float32 or bfloat16 and check its weights")
-    return IntactKV(
-        prefix, layers, raw[0] if logits else None, fingerprint(model.config), _provenance(model, tokenizer)
-    )
+    about = fingerprint(model.config), _provenance(model, tokenizer)
+    kv = IntactKV(prefix, layers, raw[0] if logits else None, *about)
+    log.info("captured %r with %s", kv, type(model).__name__)
+    return kv
 
 
 def _check_causal(model: PreTrainedModel, prefix: Tensor) -> None:

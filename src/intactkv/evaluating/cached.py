@@ -7,6 +7,7 @@ What this gives up beside `evaluate`: block-output MSE, for which hidden states 
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -37,6 +38,8 @@ from intactkv.evaluating.metrics import TokenMetrics
 from intactkv.evaluating.records import read_record, write_record
 from intactkv.evaluating.stored import Given, Store, against_itself, check_top, compare, ids_digest, scored_mean
 from intactkv.evaluating.windows import Windows
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -225,6 +228,7 @@ class _Run:
             return read()
         except IntactKVError as error:
             self.traces.unusable.append(str(error))
+            log.warning("computed again: %s", error)
             return None
 
     def count(self, batch: _Batch) -> None:

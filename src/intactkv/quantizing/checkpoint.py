@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -47,6 +48,8 @@ from intactkv.quantizing.quiet import quiet
 from intactkv.texts import first_tokens
 
 _TOKENIZER_FILES = ("*token*", "vocab*", "merges*", "chat_template*", "*.model", "*.tiktoken")
+log = logging.getLogger(__name__)
+
 _WINDOW, _WINDOWS = 512, 128
 
 
@@ -123,6 +126,7 @@ def quantize(
             made_for.see(full, held_out, device)
         aware = None if made_for is None else made_for.aware
         keep = _keeper(full, ids, tokenizer, checkpoint, name, aware)
+        log.info("quantizing %s by %s", name, method)
         method = compress_(
             full, method, windows, aware=aware, transformed=None if keep is None else partial(keep, method.basis),
             device=device, progress=progress,
@@ -141,6 +145,7 @@ def quantize(
         _record(checkpoint, method, windows, ids, made_for)
         _copy_tokenizer(source, tokenizer, checkpoint)
         checkpoint.replace(out)
+        log.info("written: %s", out)
     for sentence in said:
         warnings.warn(sentence, stacklevel=2)
     return out

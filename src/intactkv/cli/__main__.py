@@ -1,0 +1,3 @@
+from intactkv.cli import main
+
+main()

@@ -1,0 +1,44 @@
+"""Compare the basis of two models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from intactkv.cli.options import KV, Device, DType, Full, Model, console
+from intactkv.files import check_outputs
+
+
+def check_command(
+    model: Model,
+    full: Full,
+    kv: KV,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Write the intact KV in MODEL's basis here.", metavar="KV")
+    ] = None,
+    device: Device = "auto",
+    dtype: DType = "auto",
+) -> None:
+    """Are MODEL's keys and values the full model's, rescaled or rotated ones, or another's? Refuses the last."""
+    from intactkv.artifact import IntactKV
+    from intactkv.basis.compare import align, basis, describe, show_noise
+    from intactkv.basis.words import basis_table
+    from intactkv.checkpoint.load import load_model_on
+
+    check_outputs(out)
+    artifact = IntactKV.from_pretrained(kv)
+    with console.status("reading the full model"):
+        shown = show_noise(load_model_on(full, device, dtype=dtype))  # and drop it: one model is in memory at a time
+    with console.status("comparing every layer and head"):
+        relations = basis(shown, load_model_on(model, device, dtype=dtype))
+    console.print(basis_table(relations))
+    aligned = align(artifact, relations)
+    changed = aligned is not artifact
+    console.print(f"basis: {describe(relations)}", highlight=False)
+    if out is not None:
+        aligned.save(out)
+        console.print(f"written: {out}")
+    elif changed:
+        console.print(f"{kv} does harm as it is: write the aligned one with -o KV and attach that", style="yellow")
