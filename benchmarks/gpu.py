@@ -40,7 +40,7 @@ from intactkv.packed import cache as cache_module
 from intactkv.packed import kernel
 from intactkv.packed.attention import Partial
 from intactkv.packed.reads import forward
-from intactkv.packed.store import Packed, Run, Store
+from intactkv.packed.store import Packed, Run, TokenStore
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -344,7 +344,7 @@ def fresh(batch: int, tokens: int, dim: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def packed(x: Tensor, bits: int, token_group: int = 0) -> Packed:
     """`x` as the cache stores it."""
-    store = Store(x, bits=bits, group_size=None, tokens=token_group)
+    store = TokenStore(x, bits=bits, group_size=None, tokens=token_group)
     store.append(x, None)
     return store.view(Run(0, 0, x.shape[2]))
 

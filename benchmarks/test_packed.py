@@ -36,7 +36,7 @@ from transformers import (
 from intactkv import PackedCache, Packing, read_packed
 from intactkv.checkpoint.load import load_model
 from intactkv.demo import MODEL
-from intactkv.packed.cache import expected_bytes
+from intactkv.packed.packing import expected_bytes
 
 STEPS = 4
 REST = "no cache, no attention"
@@ -98,7 +98,7 @@ def filled(cache: Cache, model: PreTrainedModel, batch: int, context: int) -> Ca
     """`cache` with `context` random tokens in it, put there as one prompt."""
     config, g = model.config, torch.Generator().manual_seed(0)
     if isinstance(cache, PackedCache):
-        cache.rows.tell(torch.ones(batch, context, dtype=torch.bool), 0)
+        cache.rows.set_padding(torch.ones(batch, context, dtype=torch.bool), 0)
     for layer in range(config.num_hidden_layers):
         shape = (2, batch, config.num_key_value_heads, context, config.head_dim)
         cache.update(*torch.randn(shape, generator=g).to(torch.bfloat16), layer)

@@ -16,7 +16,8 @@ import typer
 from intactkv import PackedCache, Packing, bos, read_packed
 from intactkv.checkpoint.load import load_model_on, load_tokenizer
 from intactkv.evaluating import prefixed_windows, token_metrics
-from intactkv.packed.cache import PackedLayer, expected_bytes
+from intactkv.packed.cache import PackedLayer
+from intactkv.packed.packing import expected_bytes
 from intactkv.texts import read_text
 
 SCHEMES: dict[str, dict[str, Any]] = {

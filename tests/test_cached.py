@@ -38,7 +38,7 @@ from intactkv.evaluating import (
 from intactkv.evaluating.cached import Checkpoint, StoredArm, Traces, evaluate_cached
 from intactkv.evaluating.markdown import append_rows, header
 from intactkv.evaluating.records import read_record, write_record
-from intactkv.evaluating.stored import Store
+from intactkv.evaluating.stored import DistributionStore
 from intactkv.evaluating.truncated import token_bytes, top, top_metrics
 
 WINDOW, BATCH = 24, 3
@@ -84,7 +84,7 @@ def cached(
     loads: Loads, kv: IntactKV, windows: Windows, folder: Path, names: tuple[str, ...] = ("w3", "w2"), **more: Any
 ) -> tuple[Evaluation, Traces]:
     loads.loaded.clear()
-    store = Store(folder, "digest of full", more.pop("top", None), more.pop("most_bytes", 2**30))
+    store = DistributionStore(folder, "digest of full", more.pop("top", None), more.pop("most_bytes", 2**30))
     arms = []
     for name in names:
         made = loads.checkpoint(name)
@@ -454,7 +454,7 @@ def test_prompts_without_the_prefix_are_kept_too(loads: Loads, kv: IntactKV, win
     loads.loaded.clear()
     made = loads.checkpoint("w3")
     arms = [StoredArm("w3 own", made), StoredArm("w3 intact", made, kv), StoredArm("w3 bare", made, None, skip)]
-    store = Store(tmp_path, "digest of full")
+    store = DistributionStore(tmp_path, "digest of full")
     model = loads.models["w3"]
     plain = [Arm("w3 own", model), Arm("w3 intact", model, kv), Arm("w3 bare", model, None, skip)]
     want = evaluate(loads.models["full"], plain, windows, batch_size=BATCH, block_mse=False).metrics

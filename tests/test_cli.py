@@ -22,7 +22,7 @@ from intactkv.checkpoint.load import load_model, load_tokenizer
 from intactkv.cli import main
 from intactkv.demo import MODEL, TEXT
 from intactkv.evaluating import Interval, judge
-from intactkv.quantizing import chosen
+from intactkv.quantizing import method_named
 
 pytest.importorskip("llmcompressor")
 
@@ -302,13 +302,13 @@ def test_quantize_without_llm_compressor_says_what_to_install(tmp_path: Path, mo
 
 @pytest.mark.parametrize("name", ["rtn", "gptq", "awq", "autoround", "smoothquant", "rotated"])
 def test_a_method_by_name_has_the_settings_given(name: str) -> None:
-    method = chosen(name, bits=3, group_size=64, activation_bits=8)
+    method = method_named(name, bits=3, group_size=64, activation_bits=8)
     assert type(method).__name__.lower() == name
     assert (method.levels.bits, method.levels.group_size, method.levels.activation_bits) == (3, 64, 8)
     assert method.levels.symmetric == (name != "awq")
-    assert chosen(name, bits=4, group_size=0).levels.group_size is None
+    assert method_named(name, bits=4, group_size=0).levels.group_size is None
     if method.levels is not method:
-        assert type(chosen(name, bits=3, group_size=64, rounding="gptq").levels).__name__ == "GPTQ"
+        assert type(method_named(name, bits=3, group_size=64, rounding="gptq").levels).__name__ == "GPTQ"
 
 
 def test_check_tells_the_basis_and_writes_the_aligned_kv(demo: tuple[Path, str], tmp_path: Path) -> None:

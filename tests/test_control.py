@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from intactkv import bos, capture
 from intactkv.checkpoint.load import load_model, load_tokenizer
 from intactkv.demo import MODEL, TEXT
-from intactkv.evaluating import WORTH_IT, Evaluation, judge, prefixed_windows, three_arms
+from intactkv.evaluating import WORTH_IT, Evaluation, decide, prefixed_windows, three_arms
 from intactkv.pivots import diagnose, first_token_pivots, measure
 from intactkv.pivots.words import pivot_sentence
 
@@ -61,6 +61,6 @@ def test_the_control_has_no_sink_and_the_embedded_model_has(control: PreTrainedM
 def test_an_intact_bos_wins_nothing_worth_having_on_the_control(control: PreTrainedModel, bits: int) -> None:
     gap = measured(control, CONTROL, bits).gap_closed(own="own", intact="intact")
     assert -WORTH_IT < gap.low < gap.high < WORTH_IT
-    assert judge(gap) == "no effect"
+    assert decide(gap) == "no effect"
     embedded = measured(load_model(MODEL, dtype=torch.float32), MODEL, bits).gap_closed(own="own", intact="intact")
-    assert judge(embedded) == "worth it"
+    assert decide(embedded) == "worth it"

@@ -19,13 +19,13 @@ from intactkv import IntactKV, IntactKVError, attach, bos, capture, chat_prefix
 from intactkv.attaching.handle import is_attached
 from intactkv.checkpoint.load import load_model, load_tokenizer
 from intactkv.demo import MODEL
-from intactkv.mtbench.answer import Answerer, Settings, answers, check_prefix
+from intactkv.mtbench.answer import Answerer, AnswerSettings, answers, check_prefix
 from intactkv.mtbench.chat import prompt_ids, turn_end
 from intactkv.mtbench.files import AnswerFile, answers_of, read_answers
 from intactkv.mtbench.questions import Question, read_questions
 from intactkv.mtbench.sampling import SampleByRow, row_generator
 
-SETTINGS = Settings(max_new_tokens=6, batch_size=2)
+SETTINGS = AnswerSettings(max_new_tokens=6, batch_size=2)
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +152,7 @@ def test_where_a_turn_ends(tokenizer: Any) -> None:
 
 
 @torch.no_grad()
-def by_hand(model: Any, tokenizer: Any, kv: IntactKV | None, question: Question, settings: Settings) -> list[str]:
+def by_hand(model: Any, tokenizer: Any, kv: IntactKV | None, question: Question, settings: AnswerSettings) -> list[str]:
     """Both turns of one question, one token at a time, without cache or batch."""
     done: list[str] = []
     for turn in range(len(question.turns)):
@@ -195,8 +195,8 @@ def test_answers_do_not_depend_on_the_batch_and_the_seed_counts_where_it_is_samp
     whole = said(Answerer(full, tokenizer, SETTINGS), questions)
     assert torch.equal(torch.get_rng_state(), state)
     for size in (1, 5):
-        assert said(Answerer(full, tokenizer, Settings(6, size)), questions) == whole
-    other = said(Answerer(full, tokenizer, Settings(6, 5, seed=1)), questions)
+        assert said(Answerer(full, tokenizer, AnswerSettings(6, size)), questions) == whole
+    other = said(Answerer(full, tokenizer, AnswerSettings(6, 5, seed=1)), questions)
     assert other[1] != whole[1]
     assert other[2] == whole[2]
 
@@ -217,7 +217,7 @@ def test_nothing_of_the_checkpoints_sampling_creeps_in_and_its_config_comes_back
 
 
 def test_an_answer_stops_at_the_turns_end(full: Any, tokenizer: Any, questions: list[Question]) -> None:
-    long = said(Answerer(full, tokenizer, Settings(12, 5)), questions)
+    long = said(Answerer(full, tokenizer, AnswerSettings(12, 5)), questions)
     text = long[2][0]
     word = text.split()[3]
     plain = with_template(
@@ -232,7 +232,7 @@ def test_an_answer_stops_at_the_turns_end(full: Any, tokenizer: Any, questions: 
     full.generation_config = copy.deepcopy(kept)
     full.generation_config.eos_token_id = [tokenizer.eos_token_id, stop]
     try:
-        short = said(Answerer(full, tokenizer, Settings(12, 5)), questions)[2][0]
+        short = said(Answerer(full, tokenizer, AnswerSettings(12, 5)), questions)[2][0]
     finally:
         full.generation_config = kept
     assert len(short) < len(text)
@@ -248,7 +248,7 @@ def test_an_answer_stops_at_a_turns_end_that_is_plain_text(full: Any, tokenizer:
     assert turn_end(plain)[1] == " the"
     openings = ("The river rises in", "In the year of", "The city lies at", "He went to")
     questions = [Question(i, "math", (text,), 0.0) for i, text in enumerate(openings)]
-    settings = Settings(12, 4)
+    settings = AnswerSettings(12, 4)
     whole = {q.id: by_hand(full, plain, None, q, settings)[0] for q in questions}
     assert any(" the" in f" {text}" for text in whole.values())
     for name, (text,) in said(Answerer(full, plain, settings), questions).items():
@@ -279,17 +279,17 @@ def test_questions_that_do_not_fit_are_refused_at_the_door(
     full: Any, tokenizer: Any, questions: list[Question]
 ) -> None:
     with pytest.raises(IntactKVError, match=r"use --max-new-tokens (\d+) or less") as found:
-        Answerer(full, tokenizer, Settings(600)).check(questions)
+        Answerer(full, tokenizer, AnswerSettings(600)).check(questions)
     fits = int(str(found.value).split("--max-new-tokens ")[1].split()[0])
-    Answerer(full, tokenizer, Settings(fits)).check(questions)
+    Answerer(full, tokenizer, AnswerSettings(fits)).check(questions)
     with pytest.raises(IntactKVError, match="do not fit"):
-        Answerer(full, tokenizer, Settings(fits + 1)).check(questions)
+        Answerer(full, tokenizer, AnswerSettings(fits + 1)).check(questions)
     huge = Question(9, "math", ("word " * 2000,), 0.0)
     with pytest.raises(IntactKVError, match=r"question 9 .* leave that question out"):
         Answerer(full, tokenizer, SETTINGS).check([*questions, huge])
     for settings in ({"max_new_tokens": 0}, {"batch_size": 0}):
         with pytest.raises(IntactKVError, match="=0 is too small"):
-            Settings(**settings)
+            AnswerSettings(**settings)
 
 
 @pytest.mark.parametrize("answered", [{1}, {2, 4}, {1, 2, 5}])

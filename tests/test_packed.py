@@ -26,9 +26,11 @@ from intactkv.attaching.locate import NEVER
 from intactkv.packed import fused
 from intactkv.packed.attention import Step, packed_attention
 from intactkv.packed.bits import quantize
-from intactkv.packed.cache import PackedLayer, expected_bytes
+from intactkv.packed.cache import PackedLayer
 from intactkv.packed.fused import block_attention, blockwise, fused_attention, fused_step, layout
-from intactkv.packed.lazy import LazyStates, Stored
+from intactkv.packed.lazy import LazyStates
+from intactkv.packed.packing import expected_bytes
+from intactkv.packed.readable import Stored
 from intactkv.packed.reads import _attend_stored, forward
 from intactkv.packed.store import Packed
 
@@ -70,7 +72,7 @@ class DenseCache(DynamicCache):
 
 def told(model: PreTrainedModel, packing: Packing, mask: Tensor) -> PackedCache:
     cache = PackedCache(model.config, packing)
-    cache.rows.tell(mask.bool(), 0)
+    cache.rows.set_padding(mask.bool(), 0)
     return cache
 
 
@@ -234,7 +236,7 @@ def test_one_read_in_float32_equals_dense_attention_to_1e_5(packing: Packing, to
     cache = PackedCache(build(by_name("llama-gqa")).config, packing)
     real = torch.ones(2, 300, dtype=torch.bool)
     real[1, :37] = False
-    cache.rows.tell(real, 0)
+    cache.rows.set_padding(real, 0)
     cache.update(*torch.randn(2, 2, 2, 300, 32, generator=g), 0)
     cache.layers[0].crop(-51)
     key, value = cache.update(*torch.randn(2, 2, 2, tokens, 32, generator=g), 0)
@@ -259,7 +261,7 @@ def test_attached_generation_equals_a_cache_filled_by_hand() -> None:
     for r in range(2):
         row = ids[r][mask[r].bool()][None]
         cache = PackedCache(model.config, Packing(8))
-        cache.rows.tell(torch.ones(1, row.shape[1], dtype=torch.bool), 0)
+        cache.rows.set_padding(torch.ones(1, row.shape[1], dtype=torch.bool), 0)
         cache.rows._set(cache.rows.start, torch.full((1,), len(kv)))
         for layer, (key, value) in kv.layers.items():
             cache.update(key[None], value[None], layer)
@@ -400,7 +402,7 @@ def one_step(packing: Packing, tokens: int, *, dtype: torch.dtype, start: int = 
     """A token's scaled queries, six heads on two, and what two rows' layer gives them to read."""
     g = torch.Generator().manual_seed(tokens)
     cache = PackedCache(TINY.config, packing)
-    cache.rows.tell(torch.arange(tokens).expand(2, -1) >= torch.tensor([[0], [start]]), 0)
+    cache.rows.set_padding(torch.arange(tokens).expand(2, -1) >= torch.tensor([[0], [start]]), 0)
     key, value = torch.randn(2, 2, 2, tokens, 128, generator=g).to(dtype)
     key[..., 5] *= 30
     cache.update(key, value, 0)
@@ -462,7 +464,7 @@ def packed_by_reading(packing: Packing, dtype: torch.dtype) -> None:
     prompt, *tokens = (torch.randn(2, 2, 2, n, 128, generator=g).to(dtype) for n in (100, 1, 1, 1, 1, 3))
     caches = [PackedCache(TINY.config, packing) for _ in range(2)]
     for cache in caches:
-        cache.rows.tell(torch.ones(2, 100, dtype=torch.bool), 0)
+        cache.rows.set_padding(torch.ones(2, 100, dtype=torch.bool), 0)
         cache.update(*prompt, 0)
         for token in tokens:
             key, _ = cache.update(*token, 0)
@@ -539,7 +541,7 @@ def test_a_compiled_step_equals_its_parts_and_is_compiled_once(name: str) -> Non
 def decoded(packing: Packing, steps: int) -> Iterator[tuple[PackedLayer, LazyStates]]:
     """A layer after each of so many decoding steps behind a prompt of 100 tokens, three rows, and the keys it gave."""
     cache = PackedCache(TINY.config, packing)
-    cache.rows.tell(torch.ones(3, 100, dtype=torch.bool), 0)
+    cache.rows.set_padding(torch.ones(3, 100, dtype=torch.bool), 0)
     cache.update(*torch.randn(2, 3, 2, 100, 128), 0)
     for _ in range(steps):
         key, _ = cache.update(*torch.randn(2, 3, 2, 1, 128), 0)
@@ -647,7 +649,7 @@ def test_kept_tokens_are_bit_identical_and_others_rounded_once_after_any_sequenc
     packing, g = SETTINGS[name], torch.Generator().manual_seed(seed)
     cache = PackedCache(TINY.config, packing)
     pad = torch.tensor([0, 3])
-    cache.rows.tell(torch.arange(12) >= pad[:, None], 0)
+    cache.rows.set_padding(torch.arange(12) >= pad[:, None], 0)
     given_ = torch.zeros(2, 2, 0, 16)
     read: Tensor | None = None  # what the last look saw
 
@@ -656,8 +658,8 @@ def test_kept_tokens_are_bit_identical_and_others_rounded_once_after_any_sequenc
         new = torch.randn(len(given_), 2, n, 16, generator=g)
         past = given_.shape[2]
         given_ = torch.cat([given_, new], 2)
-        if not cache.rows.told or cache.rows.until >= NEVER:  # a crop took a row's beginning away
-            cache.rows.tell(torch.arange(past, past + n) >= pad[:, None], past)
+        if not cache.rows.padding_known or cache.rows.until >= NEVER:  # a crop took a row's beginning away
+            cache.rows.set_padding(torch.arange(past, past + n) >= pad[:, None], past)
         cache.update(new, new, 0)
 
     def rows(change: Callable[[Tensor], Tensor]) -> None:

@@ -12,13 +12,13 @@ pytest.importorskip("triton")
 from intactkv.packed import kernel
 from intactkv.packed.attention import packed_attention
 from intactkv.packed.kernel import fits, packed_attention_gpu
-from intactkv.packed.store import Run, Store
+from intactkv.packed.store import Run, TokenStore
 
 BATCH, HEAD, DIM = 2, 2, 64
 
 
 def packed(x: torch.Tensor, bits: int, token_group: int = 0) -> Any:
-    store = Store(x, bits=bits, group_size=None, tokens=token_group)
+    store = TokenStore(x, bits=bits, group_size=None, tokens=token_group)
     store.append(x, None)
     return store.view(Run(0, 0, x.shape[2]))
 

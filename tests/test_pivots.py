@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from intactkv import IntactKVError
-from intactkv.evaluating import WORTH_IT, Interval, judge, verdict
+from intactkv.evaluating import WORTH_IT, Interval, decide, verdict
 from intactkv.pivots import diagnose, first_token_pivots, measure, uniform_mass
 from intactkv.pivots.attention import watched_attention
 from intactkv.pivots.classify import KEY_BIAS
@@ -246,11 +246,11 @@ FLOOR = WORTH_IT
 )
 def test_the_verdict_follows_its_rule(low: float, high: float, want: str) -> None:
     gap = Interval((low + high) / 2, low, high)
-    assert judge(gap) == want
+    assert decide(gap) == want
     assert verdict(gap).startswith(want)
-    assert judge(gap, own_kl=1e-9) == "no effect"
-    assert judge(gap, times=9.9) == want
-    assert judge(gap, times=10.0) == judge(gap, times=float("nan")) == "broken"
+    assert decide(gap, own_kl=1e-9) == "no effect"
+    assert decide(gap, times=9.9) == want
+    assert decide(gap, times=10.0) == decide(gap, times=float("nan")) == "broken"
     assert verdict(gap, times=4.7e6).startswith("broken: its perplexity with the intact prefix is 4.7e+06 times")
 
 
@@ -258,4 +258,4 @@ def test_the_verdict_follows_its_rule(low: float, high: float, want: str) -> Non
 def test_a_better_interval_never_gets_a_worse_verdict(low: float, width: float, shift: float) -> None:
     order = ["harmful", "no effect", "marginal", "worth it"]
     one, two = (Interval(a, a, a + width) for a in (low, low + shift))
-    assert order.index(judge(two)) >= order.index(judge(one))
+    assert order.index(decide(two)) >= order.index(decide(one))

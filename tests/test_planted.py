@@ -9,7 +9,7 @@ from planted import BOS, damaged, planted
 from transformers import PreTrainedModel
 
 from intactkv import IntactKV, attach, capture
-from intactkv.evaluating import Windows, judge, three_arms, verdict
+from intactkv.evaluating import Windows, decide, three_arms, verdict
 from intactkv.pivots import first_token_pivots, measure, without_pivot
 
 
@@ -44,7 +44,7 @@ def test_damage_that_only_bos_reads_is_undone_wholly(full: PreTrainedModel, kv: 
     assert intact < 1e-6
     gap = found.gap_closed(own="own", intact="intact")
     assert gap.low > 0.9999
-    assert judge(gap, own_kl=own) == "worth it"
+    assert decide(gap, own_kl=own) == "worth it"
     assert verdict(gap).startswith("worth it: the intact prefix closes +100.0 %")
 
 
@@ -60,7 +60,7 @@ def test_no_damage_leaves_nothing_to_close(full: PreTrainedModel, kv: IntactKV) 
     found = three_arms(full, full, kv, windows())
     assert all(row["kl_mean"] < 1e-6 for row in found.table())
     gap, own = found.gap_closed(own="own", intact="intact"), found.table()[1]["kl_mean"]
-    assert judge(gap, own_kl=own) == "no effect"
+    assert decide(gap, own_kl=own) == "no effect"
     assert "nothing to close" in verdict(gap, own_kl=own)
 
 
@@ -74,7 +74,7 @@ def test_the_artifact_of_another_seeds_weights_does_harm_and_is_said_to(full: Pr
     found = three_arms(full, rounded(full, bits=4), loud, windows())
     gap = found.gap_closed(own="own", intact="intact")
     assert gap.high < 0
-    assert judge(gap) == "harmful"
+    assert decide(gap) == "harmful"
     assert "makes it worse" in verdict(gap)
 
 

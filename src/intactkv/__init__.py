@@ -28,7 +28,7 @@ _HOME = {
     "IntactKV": "artifact",
     "IntactKVError": "error",
     "PackedCache": "packed.cache",
-    "Packing": "packed.cache",
+    "Packing": "packed.packing",
     "attach": "attaching.handle",
     "bos": "capturing.prefix",
     "calibrate": "calibrating",

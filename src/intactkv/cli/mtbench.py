@@ -32,11 +32,11 @@ def mtbench_answer_command(
 ) -> None:
     """Answer both turns of every question with three arms: the full model, MODEL, MODEL with the intact prefix."""
     from intactkv.mtbench import command
-    from intactkv.mtbench.answer import Settings
+    from intactkv.mtbench.answer import AnswerSettings
 
     command.answer(
         command.Models(model, full, kv, name, device, dtype), questions, out, arms=arms.split(","),
-        settings=Settings(max_new_tokens, batch_size, seed, system), first=first, console=console,
+        settings=AnswerSettings(max_new_tokens, batch_size, seed, system), first=first, console=console,
     )  # fmt: skip
 
 

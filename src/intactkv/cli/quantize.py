@@ -61,10 +61,10 @@ def quantize_command(
     """
     from intactkv.attaching.plain import made_for_prefix
     from intactkv.checkpoint.load import device_named, dtype_named, load_tokenizer
-    from intactkv.quantizing import PREFIX_KV, chosen, quantize
+    from intactkv.quantizing import PREFIX_KV, method_named, quantize
     from intactkv.texts import read_text
 
-    settings = chosen(
+    settings = method_named(
         method, bits=bits, group_size=_group_size(group_size), activation_bits=activation_bits, kv_bits=kv_bits,
         symmetric=symmetric, rounding=rounding, static_activations=static, float8=fp8,
     )  # fmt: skip

@@ -21,7 +21,7 @@ from intactkv.capturing.record import recorded
 from intactkv.decoder import watched_outputs
 from intactkv.doctor.forecast import Forecast, forecast
 from intactkv.error import IntactKVError
-from intactkv.evaluating import Arm, Evaluation, Interval, Windows, evaluate, judge, prefixed_windows
+from intactkv.evaluating import Arm, Evaluation, Interval, Windows, decide, evaluate, prefixed_windows
 from intactkv.evaluating.verdict import Verdict
 from intactkv.pivots.attention import Attended, Blocks, watched_attention
 from intactkv.pivots.classify import Diagnosis, diagnose, without_pivot
@@ -93,7 +93,7 @@ class Examination:
 
     def verdict(self, name: str) -> Verdict:
         """The verdict for the model of this name, by the rule of `evaluate/verdict.py`."""
-        return judge(self.gap(name), own_kl=self.own_kl(name), times=self.times(name))
+        return decide(self.gap(name), own_kl=self.own_kl(name), times=self.times(name))
 
 
 def examine(

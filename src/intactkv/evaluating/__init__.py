@@ -12,7 +12,7 @@ from intactkv.evaluating.metrics import (
     summary_statistic,
     token_metrics,
 )
-from intactkv.evaluating.verdict import WORTH_IT, judge, verdict
+from intactkv.evaluating.verdict import WORTH_IT, decide, verdict
 from intactkv.evaluating.windows import Windows, paper_windows, prefixed_windows
 
 __all__ = [
@@ -22,11 +22,11 @@ __all__ = [
     "Interval",
     "TokenMetrics",
     "Windows",
+    "decide",
     "difference_statistic",
     "evaluate",
     "full_metrics",
     "gap_closed_statistic",
-    "judge",
     "paired_bootstrap",
     "paper_windows",
     "prefixed_windows",

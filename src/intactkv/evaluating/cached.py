@@ -36,7 +36,15 @@ from intactkv.evaluating.compare import (
 )
 from intactkv.evaluating.metrics import TokenMetrics
 from intactkv.evaluating.records import read_record, write_record
-from intactkv.evaluating.stored import Given, Store, against_itself, check_top, compare, ids_digest, scored_mean
+from intactkv.evaluating.stored import (
+    DistributionStore,
+    Given,
+    against_itself,
+    check_top,
+    ids_digest,
+    metrics_against,
+    scored_mean,
+)
 from intactkv.evaluating.windows import Windows
 
 log = logging.getLogger(__name__)
@@ -89,7 +97,7 @@ def evaluate_cached(
     arms: Sequence[StoredArm],
     windows: Windows,
     *,
-    store: Store,
+    store: DistributionStore,
     batch_size: int = 8,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Evaluation, Traces]:
@@ -139,7 +147,7 @@ class _Run:
 
     full: Checkpoint
     windows: Windows
-    store: Store
+    store: DistributionStore
     batches: list[_Batch]
     keys: dict[str, dict[str, Any]]  # by arm, what tells it from others
     progress: Callable[[int, int], None] | None
@@ -200,7 +208,7 @@ class _Run:
                     if arm.skip == skip and columns[arm.name][i] is None:
                         with torch.inference_mode():
                             logits, _ = forward(Arm(arm.name, model, arm.kv), ids, hidden=False)
-                            metrics = compare(given, logits, ids.roll(-1, dims=1))
+                            metrics = metrics_against(given, logits, ids.roll(-1, dims=1))
                         metrics = at_columns(at_labels(metrics, batch.scored[:, skip:], name=arm.name), skip)
                         self.keep(arm.name, i, columns[arm.name], vars(metrics))
 
@@ -246,7 +254,7 @@ def _key(model: str, kv: IntactKV | None, skip: int) -> dict[str, Any]:
     return {**key, "skip": skip} if skip else key
 
 
-def _batches(windows: Windows, batch_size: int, store: Store) -> list[_Batch]:
+def _batches(windows: Windows, batch_size: int, store: DistributionStore) -> list[_Batch]:
     batches = []
     for ids, scored in zip(windows.ids.cpu().split(batch_size), windows.scored.cpu().split(batch_size), strict=True):
         about = {**store.about, "what": "an arm's figures", "ids": ids_digest(ids), "scored": ids_digest(scored)}

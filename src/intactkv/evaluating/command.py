@@ -20,7 +20,7 @@ from intactkv.error import IntactKVError
 from intactkv.evaluating.cached import Checkpoint, StoredArm, Traces, evaluate_cached
 from intactkv.evaluating.compare import Arm, Evaluation, evaluate
 from intactkv.evaluating.markdown import append_rows, header, row
-from intactkv.evaluating.stored import Store
+from intactkv.evaluating.stored import DistributionStore
 from intactkv.evaluating.windows import Windows, paper_windows, prefixed_windows
 from intactkv.evaluating.words import arms_table, sentences
 from intactkv.positions import check_positions
@@ -94,7 +94,9 @@ def run(
         if cache is None:
             evaluation = _in_memory(quantized, full, windows, protocol, show)
         else:
-            store = Store(cache.folder, _loaded_as(digests[full], full, protocol), cache.top, cache.most_bytes)
+            store = DistributionStore(
+                cache.folder, _loaded_as(digests[full], full, protocol), cache.top, cache.most_bytes
+            )
             evaluation, traces = _on_disk(quantized, full, digests, windows, (store, protocol), show)
     evaluation = replace(evaluation, pairs=_pairs(quantized))
     figures = _figures(evaluation, cache, traces)
@@ -219,7 +221,7 @@ def _in_memory(
 
 def _on_disk(
     quantized: Sequence[Quantized], full: str, digests: dict[str, str], windows: Windows,
-    places: tuple[Store, Protocol], progress: Any,
+    places: tuple[DistributionStore, Protocol], progress: Any,
 ) -> tuple[Evaluation, Traces]:  # fmt: skip
     store, protocol = places
     arms: list[StoredArm] = []

@@ -46,7 +46,7 @@ class Whole:
 Given: TypeAlias = "Whole | Top"
 
 
-def compare(
+def metrics_against(
     given: Given, logits: Float[Tensor, "window length vocab"], labels: Int[Tensor, "window length"]
 ) -> TokenMetrics:
     """Another model against the full one: `token_metrics`, or `top_metrics`, whose KL is a lower bound."""
@@ -63,7 +63,7 @@ def against_itself(given: Given) -> TokenMetrics:
 
 
 @dataclass(frozen=True, eq=False)
-class Store:
+class DistributionStore:
     """A folder of one full model's distributions: `full` is its checkpoint's digest, `top` k or None for all tokens.
 
     `most_bytes` bounds what the folder may hold, but for headers of less than a kilobyte a window.

@@ -34,7 +34,7 @@ RULE = (
 )
 
 
-def judge(gap: Interval, *, own_kl: float | None = None, times: float = 1.0) -> Verdict:
+def decide(gap: Interval, *, own_kl: float | None = None, times: float = 1.0) -> Verdict:
     """The verdict on a share of KL closed with its interval; `own_kl`, the mean KL in nats that could be closed.
 
     `times` is the perplexity with the intact prefix over the full model's.
@@ -42,7 +42,7 @@ def judge(gap: Interval, *, own_kl: float | None = None, times: float = 1.0) -> 
     Below `NOTHING` nats there is nothing to close and no share means anything: no effect, as without an interval
     (one window).
 
-    >>> judge(Interval(0.08, 0.07, 0.09)), judge(Interval(0.01, 0.005, 0.015))
+    >>> decide(Interval(0.08, 0.07, 0.09)), decide(Interval(0.01, 0.005, 0.015))
     ('worth it', 'no effect')
     """
     if not times < BROKEN:
@@ -61,7 +61,7 @@ def judge(gap: Interval, *, own_kl: float | None = None, times: float = 1.0) -> 
 def verdict(gap: Interval, *, own_kl: float | None = None, times: float = 1.0) -> str:
     """The verdict as one sentence with its figures."""
     share = f"{100 * gap.value:+.1f} % (95 % interval {100 * gap.low:+.1f} to {100 * gap.high:+.1f})"
-    judged = judge(gap, own_kl=own_kl, times=times)
+    judged = decide(gap, own_kl=own_kl, times=times)
     if judged == "broken":
         return (
             f"broken: its perplexity with the intact prefix is {times:.3g} times the full model's ({BROKEN:.0f} is the "

@@ -27,7 +27,7 @@ from intactkv.positions import most_positions
 
 
 @dataclass(frozen=True)
-class Settings:
+class AnswerSettings:
     """How answers are generated: tokens of one at most, questions in a batch, the seed, and the system prompt."""
 
     max_new_tokens: int = 1024
@@ -50,7 +50,7 @@ class Answerer:
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    settings: Settings
+    settings: AnswerSettings
     kv: IntactKV | None = None
     shared: dict[int, int] = field(default_factory=dict)
 

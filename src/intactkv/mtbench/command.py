@@ -17,7 +17,7 @@ from intactkv.checkpoint.load import load_model_on, load_tokenizer
 from intactkv.checkpoint.source import checkpoint_digest
 from intactkv.error import IntactKVError
 from intactkv.evaluating.markdown import append_rows
-from intactkv.mtbench.answer import Answerer, Settings, answers, check_prefix
+from intactkv.mtbench.answer import Answerer, AnswerSettings, answers, check_prefix
 from intactkv.mtbench.files import AnswerFile, answers_of, judgment_path
 from intactkv.mtbench.judge import Endpoint
 from intactkv.mtbench.judge import judge as run_judge
@@ -50,9 +50,15 @@ class Models:
 
 
 def answer(
-    models: Models, questions_file: Path, out: Path, *, arms: Sequence[str], settings: Settings, first: int | None,
+    models: Models,
+    questions_file: Path,
+    out: Path,
+    *,
+    arms: Sequence[str],
+    settings: AnswerSettings,
+    first: int | None,
     console: Console,
-) -> None:  # fmt: skip
+) -> None:
     """Let the arms answer the questions, one model in memory at a time; what is answered already is skipped."""
     if unknown := [arm for arm in arms if arm not in ARMS]:
         raise IntactKVError(f"--arms names {unknown[0]!r}; use {', '.join(ARMS)}, or some of them")

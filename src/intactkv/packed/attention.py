@@ -58,7 +58,7 @@ def packed_attention(
     True or, additive, is added. `softcap` bounds scores by softcap * tanh(score / softcap). `step` does one block.
     """
     step = step or dense_step(key)
-    state = nothing(query, value.dim)
+    state = empty_partial(query, value.dim)
     for first in range(0, len(key), step.tokens):
         last = min(first + step.tokens, len(key))
         seen = None if mask is None else mask[..., first:last]
@@ -90,7 +90,7 @@ def attend(
     return Partial(state.acc * faded + weight @ value, peak, state.total * faded + weight.sum(-1, keepdim=True))
 
 
-def nothing(query: Tensor, dim: int) -> Partial:
+def empty_partial(query: Tensor, dim: int) -> Partial:
     """The state before the first block; `dim` is the values' width."""
     rows = query.new_full((*query.shape[:3], 1), FLOOR)
     return Partial(query.new_zeros((*query.shape[:3], dim)), rows, torch.zeros_like(rows))

@@ -9,9 +9,8 @@ when it leaves the newest ones. Layers with a sliding window or a recurrent stat
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -21,51 +20,15 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from intactkv.attaching.locate import Sites
 from intactkv.error import IntactKVError
-from intactkv.packed.bits import BITS, hadamard
-from intactkv.packed.lazy import LazyStates, Rounded, Stored
+from intactkv.packed.bits import hadamard
+from intactkv.packed.lazy import LazyStates
+from intactkv.packed.packing import Packing
+from intactkv.packed.readable import Rounded, Stored
 from intactkv.packed.rows import Rows
 from intactkv.packed.steady import Steady, on_gpu, rows_of, serves
-from intactkv.packed.store import Run, Store
+from intactkv.packed.store import Run, TokenStore
 
 TOGETHER = 32  # tokens whose keys and values are rounded in one go
-
-
-@dataclass(frozen=True)
-class Packing:
-    """How tokens are rounded and which are not.
-
-    `bits` 2, 3, 4 or 8. `keys` rounds keys with a scale `per_channel` over `token_group` tokens, as KIVI does, or
-    `per_token` (and head), as the paper does: faster to read, and many times as far off, since keys have channels of
-    unequal size, and a bias (Qwen2's) makes them more so. Values always have scales per token. `group_size` numbers of
-    a head share a per-token scale (None: all). `residual` newest tokens stay in full precision, and up to as many more
-    (or a `token_group`) until they are packed together. `hadamard` rotates heads before rounding. `keep` first tokens
-    of every row stay in full precision. A call reads its own tokens in `full` precision (as KIVI and transformers do)
-    or `rounded` (as the paper's evaluation does), by `own`; earlier tokens it reads as they are stored.
-    """
-
-    bits: int = 4
-    keys: Literal["per_token", "per_channel"] = "per_channel"
-    group_size: int | None = None
-    token_group: int = 32
-    residual: int = 0
-    hadamard: bool = False
-    keep: int = 0
-    own: Literal["full", "rounded"] = "full"
-
-    def __post_init__(self) -> None:
-        if self.bits not in BITS:
-            raise IntactKVError(f"bits={self.bits} is not supported; use one of {BITS}")
-        for name, known in (("keys", ("per_token", "per_channel")), ("own", ("full", "rounded"))):
-            if getattr(self, name) not in known:
-                raise IntactKVError(f"{name}={getattr(self, name)!r} is unknown; use one of {known}")
-        for name, least in (("residual", 0), ("keep", 0), ("token_group", 1)):
-            if getattr(self, name) < least:
-                raise IntactKVError(f"{name}={getattr(self, name)} must be at least {least}")
-
-    @property
-    def together(self) -> int:
-        """How many tokens are packed at a time."""
-        return self.token_group if self.keys == "per_channel" else max(1, self.residual)
 
 
 class PackedLayer(CacheLayerMixin):
@@ -79,7 +42,7 @@ class PackedLayer(CacheLayerMixin):
         self.packing, self.rows = packing, rows
         self.length = 0
         self.runs: list[Run] = []
-        self.stores: list[Store] = []  # of keys and of values
+        self.stores: list[TokenStore] = []  # of keys and of values
         self.tail: list[Tensor] = []  # (batch, head, token, dim) each
         self.kept: list[Tensor] = []  # (batch, head, kept, dim) each
         self.steady: Steady | None = None  # while it is there, it has `runs` and `tail`
@@ -89,7 +52,7 @@ class PackedLayer(CacheLayerMixin):
         self.dtype, self.device = key_states.dtype, key_states.device
         for i, x in enumerate((key_states, value_states)):
             tokens = self.packing.token_group if self.packing.keys == "per_channel" and i == 0 else 0
-            self.stores.append(Store(x, bits=self.packing.bits, group_size=self.packing.group_size, tokens=tokens))
+            self.stores.append(TokenStore(x, bits=self.packing.bits, group_size=self.packing.group_size, tokens=tokens))
             self.tail.append(x[:, :, :0])
             self.kept.append(x[:, :, :0])
         self.is_initialized = True
@@ -99,7 +62,7 @@ class PackedLayer(CacheLayerMixin):
         """Store this call's keys and values and return all of them, dense or lazily so."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        if key_states.shape[2] == 1 and self.hold_steady() is not None:
+        if key_states.shape[2] == 1 and self.steady_state() is not None:
             return self._step(key_states, value_states)
         self._settle()
         states, past = (key_states, value_states), self.length
@@ -121,7 +84,7 @@ class PackedLayer(CacheLayerMixin):
             stored = self._stored(self.runs, self.length - self.tail[0].shape[2], self.tail)
         return LazyStates(stored, 0), LazyStates(stored, 1)
 
-    def hold_steady(self) -> Steady | None:
+    def steady_state(self) -> Steady | None:
         """Put the newest tokens into a ring, for decoding step by step, where kernels serve that: on a GPU."""
         if self.steady is not None or not self.is_initialized or not on_gpu(self.tail[0]):
             return self.steady
@@ -163,7 +126,7 @@ class PackedLayer(CacheLayerMixin):
     def _keep(self, states: tuple[Tensor, Tensor], past: int) -> None:
         """Copy those of a call's tokens that are their row's first ones to `kept`."""
         rows, length = self.rows, states[0].shape[2]
-        if rows.keep and not rows.told:
+        if rows.keep and not rows.padding_known:
             raise IntactKVError(
                 f"the packed cache keeps each row's first {rows.keep} tokens and was not told where rows begin; open "
                 "`with read_packed(model):` around the calls"
@@ -266,7 +229,7 @@ class PackedLayer(CacheLayerMixin):
             kept,
             start,
             count,
-            rows.alike if tail_column >= rows.until else None,
+            rows.uniform if tail_column >= rows.until else None,
             self.packing.hadamard,
             take,
         )
@@ -377,7 +340,7 @@ class PackedCache(Cache):
     def keep_sites(self, sites: Sites, batch: int, past: int) -> None:
         """Keep the tokens at `sites` of the call that begins after `past` tokens in full precision."""
         if len(sites):
-            self.rows.tell_sites(sites, batch, past)
+            self.rows.keep_sites(sites, batch, past)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the newest tokens, as each layer does."""
@@ -403,15 +366,3 @@ class PackedCache(Cache):
         """Only these rows."""
         super().batch_select_indices(indices)
         self.rows.map(lambda x: x[indices.to(x.device)])
-
-
-def expected_bytes(packing: Packing, shape: tuple[int, int, int, int]) -> float:
-    """Bytes of packed keys and values `(batch, head, token, dim)`, idle capacity, kept and newest tokens left out.
-
-    batch · head · token · (2 dim bits / 8 + 4 bytes for each scale and low: of values dim / group_size a token, of keys
-    as many, or dim / token_group).
-    """
-    batch, head, tokens, dim = shape
-    per_token = 4 * dim / (packing.group_size or dim)
-    keys = 4 * dim / packing.token_group if packing.keys == "per_channel" else per_token
-    return batch * head * tokens * (2 * dim * packing.bits / 8 + keys + per_token)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from intactkv.packed.attention import Partial, Step, attend, whole_groups
 from intactkv.packed.bits import packed_per_token, planes
-from intactkv.packed.lazy import Rounded, Stored
+from intactkv.packed.readable import Rounded, Stored
 from intactkv.packed.store import Packed
 
 ROWS = 8
@@ -66,7 +66,7 @@ def fused_attention(query: Tensor, stored: Stored) -> Tensor | None:
     The answer is `(batch, 1, head, dim)`, or None where it does not serve: rows that do not begin alike, several runs
     of packed tokens, more of them than `WHOLE` allows. What it spares are some forty small operations, and blocks.
     """
-    if stored.rotated or stored.alike is None or len(stored.runs) != 1:
+    if stored.rotated or stored.uniform is None or len(stored.runs) != 1:
         return None
     run, key, value = stored.runs[0]
     batch, heads, _, dim = query.shape
@@ -74,7 +74,7 @@ def fused_attention(query: Tensor, stored: Stored) -> Tensor | None:
     known = layout(query, key, value)
     if known is None or not SHORT <= len(key) <= _tokens(WHOLE, query) or len(key) % (key.token_group or 1):
         return None
-    start, count = stored.alike
+    start, count = stored.uniform
     hidden = min(max(start + count - run.column, 0), run.length) if count else 0
     if hidden == run.length:
         return None

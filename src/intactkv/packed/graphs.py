@@ -26,7 +26,7 @@ SERVED = {"input_ids", "attention_mask", "position_ids", "past_key_values", "use
 ANY = {"logits_to_keep", "cache_position"}  # one token has one row of logits, and one place, which the cache knows
 
 
-class Call(NamedTuple):
+class CapturedCall(NamedTuple):
     """What a decoding step is asked for; `first` is each row's first real column, None where there is no padding."""
 
     ids: Tensor
@@ -59,7 +59,7 @@ class Graphs:
             del self._model.forward
         self._captured = None
 
-    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
+    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CapturedCall | None:
         """The decoding step that is asked for, None for anything else."""
         given = dict(self._signature.bind_partial(*args, **kwargs).arguments)
         given |= given.pop("kwargs", {})
@@ -76,16 +76,16 @@ class Graphs:
         if positions is None:
             positions = torch.full_like(ids, past)
         if mask is None:
-            return Call(ids, positions, None, cache)
+            return CapturedCall(ids, positions, None, cache)
         if mask.ndim != 2 or mask.shape[1] != past + 1:
             return None
         first = mask.long().argmax(1)
         columns = torch.arange(past + 1, device=mask.device)
         if not torch.equal(mask != 0, columns >= first[:, None]):  # hides more than padding on the left
             return None
-        return Call(ids, positions, first if bool(first.any()) else None, cache)
+        return CapturedCall(ids, positions, first if bool(first.any()) else None, cache)
 
-    def _replay(self, call: Call) -> Any:
+    def _replay(self, call: CapturedCall) -> Any:
         if self._captured is None or not self._captured.serves(call):
             self._captured = None  # its memory may be needed for the next one
             self._captured = Captured(self._forward, call)
@@ -95,7 +95,7 @@ class Graphs:
 class Captured:
     """One model's decoding step over one cache's buffers."""
 
-    def __init__(self, forward: Callable[..., Any], call: Call) -> None:
+    def __init__(self, forward: Callable[..., Any], call: CapturedCall) -> None:
         self._cache, self._layers = call.cache, _packed_layers(call.cache)
         self._ids, self._positions = call.ids.clone(), call.positions.expand(call.ids.shape).clone()
         self._first = call.first
@@ -130,7 +130,7 @@ class Captured:
             for steady in steadies:
                 steady.clock = None
 
-    def serves(self, call: Call) -> bool:
+    def serves(self, call: CapturedCall) -> bool:
         """Whether the captured step does what is asked for: same buffers, rows and padding, and room for a token."""
         steadies = [_held(layer) for layer in self._layers]
         now = [x for steady in steadies for x in _buffers(steady)]
@@ -145,7 +145,7 @@ class Captured:
             and (call.first is None or self._first is None or torch.equal(call.first, self._first))
         )
 
-    def step(self, call: Call) -> Any:
+    def step(self, call: CapturedCall) -> Any:
         """Decode one token."""
         self._ids.copy_(call.ids)
         self._positions.copy_(call.positions)
@@ -190,7 +190,7 @@ def record(step: Callable[[], Any], tick: Callable[[], None]) -> tuple[Callable[
 def _steady(cache: PackedCache) -> bool:
     """Whether all layers are held steady, at the same place."""
     layers = _packed_layers(cache)
-    if cache.offloading or len(layers) != len(cache.layers) or any(layer.hold_steady() is None for layer in layers):
+    if cache.offloading or len(layers) != len(cache.layers) or any(layer.steady_state() is None for layer in layers):
         return False
     return len({(_held(layer).stored, _held(layer).packed) for layer in layers}) == 1
 
@@ -200,7 +200,7 @@ def _packed_layers(cache: PackedCache) -> list[PackedLayer]:
 
 
 def _held(layer: PackedLayer) -> Steady:
-    steady = layer.hold_steady()
+    steady = layer.steady_state()
     if steady is None:
         raise RuntimeError("the layer is not held steady")
     return steady

@@ -18,17 +18,17 @@ from transformers.masking_utils import sdpa_mask
 from intactkv.attaching.locate import NEVER
 from intactkv.attaching.masks import as_tensor, real_tokens
 from intactkv.error import IntactKVError
-from intactkv.packed.attention import Partial, attend, dense_step, merged, nothing, packed_attention
+from intactkv.packed.attention import Partial, attend, dense_step, empty_partial, merged, packed_attention
 from intactkv.packed.bits import hadamard
 from intactkv.packed.cache import PackedCache
 from intactkv.packed.fused import fused_attention, fused_step
 from intactkv.packed.graphs import Graphs
-from intactkv.packed.lazy import LazyStates, Stored
-from intactkv.packed.steady import Standing, capturing, on_gpu
+from intactkv.packed.lazy import LazyStates
+from intactkv.packed.readable import Stored
+from intactkv.packed.steady import on_gpu
 from intactkv.packed.store import Packed
 
 NAME, COMPILED = "intactkv_packed", "intactkv_packed_compiled"
-STEADY_ROWS = 64  # queries to a key head that the kernel takes
 FEW = 16  # queries a row that are worth reading block by block; more are a chunk of a prompt
 
 
@@ -85,7 +85,7 @@ class PackedReads:
 
     @torch.compiler.disable
     def _tell(self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """The forward pre-hook: nothing is left to tell once every row has begun and holds what it keeps."""
+        """The forward pre-hook: nothing is left to say once every row has begun and holds what it keeps."""
         if kwargs.get("output_attentions") or model.config.output_attentions:
             raise IntactKVError(
                 "output_attentions=True asks for maps that reading in blocks never forms; leave it out, or call "
@@ -95,7 +95,7 @@ class PackedReads:
         if not isinstance(cache, PackedCache):
             return
         past, rows = cache.get_seq_length(), cache.rows
-        if rows.told and past >= rows.until and rows.until < NEVER:
+        if rows.padding_known and past >= rows.until and rows.until < NEVER:
             return
         arguments = self._signature.bind_partial(*args, **kwargs).arguments
         ids = arguments.get("input_ids")
@@ -104,7 +104,7 @@ class PackedReads:
             if embeds is None:
                 return
             ids = torch.zeros(embeds.shape[:2], dtype=torch.int64, device=embeds.device)
-        rows.tell(real_tokens(as_tensor(arguments.get("attention_mask")), ids, past), past)
+        rows.set_padding(real_tokens(as_tensor(arguments.get("attention_mask")), ids, past), past)
 
 
 def forward(
@@ -131,12 +131,11 @@ def _forward(
     few = query.shape[2] <= FEW and not more.get("dropout") and more.get("position_bias") is None
     if isinstance(key, LazyStates) and isinstance(value, LazyStates) and few:
         stored, scaling = key.stored, query.shape[-1] ** -0.5 if scaling is None else scaling
-        if isinstance(stored, Standing):
-            sees_all = mask is None or capturing()  # `Captured` has run the step before, where the mask was None
-            if sees_all and query.shape[2] == 1 and query.shape[1] // key.shape[1] <= STEADY_ROWS:
-                return stored.attend(query, scaling, softcap, sinks), None
-            stored = stored.as_stored()
-        return _attend_stored(query * scaling, stored, mask=mask, softcap=softcap, sinks=sinks, compile=compile), None
+        quick = stored.in_place(query, mask, scaling=scaling, softcap=softcap, sinks=sinks)
+        if quick is None:
+            parts = stored.in_parts()
+            quick = _attend_stored(query * scaling, parts, mask=mask, softcap=softcap, sinks=sinks, compile=compile)
+        return quick, None
     key, value = (x.stored.dense(x.which) if isinstance(x, LazyStates) else x for x in (key, value))
     if softcap is None and sinks is None:
         return sdpa_attention_forward(module, query, key, value, mask, **more)
@@ -164,8 +163,8 @@ def _attend_stored(
     turned = rows @ hadamard(dim, rows.dtype, rows.device) if stored.rotated else rows
     for run, key, value in stored.runs:
         cut, hides = 0, begin
-        if stored.alike is not None and not key.token_group:  # cut off what is kept elsewhere, and mask nothing
-            start, count = stored.alike
+        if stored.uniform is not None and not key.token_group:  # cut off what is kept elsewhere, and mask nothing
+            start, count = stored.uniform
             cut, hides = (min(max(start + count - run.column, 0), run.length) if count else 0), None
         at = slice(run.column + cut, run.column + run.length)
         key, value = key.slice(cut, run.length), value.slice(cut, run.length)
@@ -202,19 +201,19 @@ def _reader(query: Tensor, key: Packed, value: Packed, *, compile: bool, exact: 
 def _full_part(rows: Tensor, stored: Stored, mask: Tensor | None, softcap: float | None) -> Partial:
     """Attention over the kept and the newest tokens, all in full precision."""
     key, value = stored.tail
-    if mask is None and stored.kept is not None and stored.alike is not None:  # all of both are seen: one product
+    if mask is None and stored.kept is not None and stored.uniform is not None:  # all of both are seen: one product
         key, value = (
-            torch.cat([x[:, :, : stored.alike[1]], y], 2) for x, y in zip(stored.kept, (key, value), strict=True)
+            torch.cat([x[:, :, : stored.uniform[1]], y], 2) for x, y in zip(stored.kept, (key, value), strict=True)
         )
-        return attend(rows, key, value, None, nothing(rows, value.shape[-1]), softcap)
+        return attend(rows, key, value, None, empty_partial(rows, value.shape[-1]), softcap)
     seen = None if mask is None else mask[..., stored.tail_column :]
-    state = nothing(rows, value.shape[-1])
+    state = empty_partial(rows, value.shape[-1])
     if key.shape[2]:
         state = attend(rows, key, value, seen, state, softcap)
     if stored.kept is None or stored.start is None or stored.count is None:
         return state
-    if stored.alike is not None:
-        start, count = stored.alike
+    if stored.uniform is not None:
+        start, count = stored.uniform
         kept = stored.kept[0][:, :, :count], stored.kept[1][:, :, :count]
         return attend(rows, *kept, None if mask is None else mask[..., start : start + count], state, softcap)
     index = torch.arange(stored.kept[0].shape[2], device=rows.device)

@@ -18,25 +18,25 @@ class Rows:
     """Row r keeps `count[r]` tokens from column `start[r]` on in full precision; `keep` is asked for in every row.
 
     `start` is NEVER for a row that has shown no token yet. From `until` columns on every row holds all that it keeps.
-    `told` says that padding is known, `alike` that all rows begin and keep alike (start and count as plain integers).
+    `padding_known` says so, `uniform` that all rows begin and keep alike (start and count as plain integers).
     """
 
     keep: int = 0
     start: Int[Tensor, "batch"] | None = None
     count: Int[Tensor, "batch"] | None = None
     until: int = 0
-    told: bool = False
-    alike: tuple[int, int] | None = (0, 0)
+    padding_known: bool = False
+    uniform: tuple[int, int] | None = (0, 0)
     widest: int = 0
 
-    def tell(self, real: Bool[Tensor, "batch token"], past: int) -> None:
+    def set_padding(self, real: Bool[Tensor, "batch token"], past: int) -> None:
         """Take each row's first real token for its beginning; `real` excludes padding, `past` columns came before."""
         first = torch.where(real.any(1), real.int().argmax(1) + past, NEVER)
         start = first if self.start is None else torch.minimum(self.start.to(first.device), first)
-        self.told = True
+        self.padding_known = True
         self._set(start, torch.full_like(start, self.keep))
 
-    def tell_sites(self, sites: Sites, batch: int, past: int) -> None:
+    def keep_sites(self, sites: Sites, batch: int, past: int) -> None:
         """Keep the intact tokens of this call too; `sites` are columns of the call."""
         device, at = sites.row.device, sites.col + past - sites.index
         start = torch.full((batch,), NEVER, device=device) if self.start is None else self.start.to(device)
@@ -53,7 +53,7 @@ class Rows:
     def kept(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Start and count of each row's kept tokens among the first `length` columns, on `device`."""
         if self.start is None or self.count is None:
-            raise RuntimeError("rows that nobody has told of keep nothing")
+            raise RuntimeError("rows whose beginnings are not known keep nothing")
         start, count = self.start.to(device), self.count.to(device)
         if length >= self.until:
             return start, count
@@ -71,14 +71,14 @@ class Rows:
             return
         gone = self.start >= length
         if bool(gone.any()):
-            self.told = False
+            self.padding_known = False
             self.start, self.count = self.start.masked_fill(gone, NEVER), self.count.masked_fill(gone, 0)
             self._summarise(self.start, self.count)
 
     def reset(self) -> None:
         """Forget the rows."""
         self.start = self.count = None
-        self.until, self.told, self.alike, self.widest = 0, False, (0, 0), 0
+        self.until, self.padding_known, self.uniform, self.widest = 0, False, (0, 0), 0
 
     def _set(self, start: Tensor, count: Tensor) -> None:
         self.start = start
@@ -89,4 +89,4 @@ class Rows:
         self.widest = int(count.max())
         self.until = int(torch.where(count > 0, start + count, 0).max())
         first = int(start[0]), int(count[0])
-        self.alike = first if bool(((start == first[0]) & (count == first[1])).all()) else None
+        self.uniform = first if bool(((start == first[0]) & (count == first[1])).all()) else None

@@ -10,19 +10,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from intactkv.error import IntactKVError
-from intactkv.packed.lazy import Stored
-from intactkv.packed.store import Packed, Run, Store
+from intactkv.packed.packing import Packing
+from intactkv.packed.readable import Stored
+from intactkv.packed.rows import Rows
+from intactkv.packed.store import Packed, Run, TokenStore
 
-if TYPE_CHECKING:
-    from intactkv.packed.cache import Packing
-    from intactkv.packed.rows import Rows
+STEADY_ROWS = 64  # queries to a key head that the kernel takes
 
 
 @lru_cache(maxsize=1)
@@ -61,10 +60,19 @@ class Standing:
 
     def dense(self, which: int) -> Float[Tensor, "batch head token dim"]:
         """As `Stored.dense`."""
-        return self.as_stored().dense(which)
+        return self.in_parts().dense(which)
 
-    def as_stored(self) -> Stored:
-        """The same tokens for PyTorch's way of reading them."""
+    def in_place(
+        self, query: Tensor, mask: Tensor | None, *, scaling: float, softcap: float | None, sinks: Tensor | None
+    ) -> Tensor | None:
+        """As `Readable.in_place`: by the kernels, for one token that sees everything."""
+        sees_all = mask is None or capturing()  # `Captured` has run the step before, where the mask was None
+        if not (sees_all and query.shape[2] == 1 and query.shape[1] // self.ring[0].shape[1] <= STEADY_ROWS):
+            return None
+        return self.attend(query, scaling, softcap, sinks)
+
+    def in_parts(self) -> Stored:
+        """As `Readable.in_parts`: for PyTorch's way of reading them."""
         if self.clock is not None:
             raise IntactKVError(
                 "this model's attention reads dense keys and values, which a CUDA graph cannot replay as they grow; "
@@ -113,7 +121,7 @@ class Steady:
     clock: Tensor | None = None  # while a CUDA graph is captured
 
     def __init__(
-        self, packing: Packing, stores: list[Store], tail: list[Tensor], kept: list[Tensor], rows: Tensor | None
+        self, packing: Packing, stores: list[TokenStore], tail: list[Tensor], kept: list[Tensor], rows: Tensor | None
     ) -> None:
         self.packing, self.stores, self.rows = packing, stores, rows
         self.kept = (kept[0].contiguous(), kept[1].contiguous())
@@ -165,7 +173,7 @@ class Steady:
         return list(unrolled(self.ring, self.packed, self.stored))
 
 
-def serves(packing: Packing, stores: list[Store], rows: Rows, dtype: torch.dtype) -> bool:
+def serves(packing: Packing, stores: list[TokenStore], rows: Rows, dtype: torch.dtype) -> bool:
     """Whether the kernels do what a layer of this packing needs; its tokens must lie in one run besides."""
     from intactkv.packed.kernel import fits
 
@@ -176,7 +184,7 @@ def serves(packing: Packing, stores: list[Store], rows: Rows, dtype: torch.dtype
         and group & (group - 1) == 0
         and fits(keys.buffers, values.buffers, 1)
         and dtype in (torch.float16, torch.bfloat16, torch.float32)
-        and (rows.told or not rows.keep)
+        and (rows.padding_known or not rows.keep)
     )
 
 

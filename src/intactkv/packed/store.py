@@ -89,7 +89,7 @@ class Packed:
         return torch.cat(parts, 2).to(dtype) if parts else self.codes.new_zeros(0).to(dtype)
 
 
-class Store:
+class TokenStore:
     """The growing buffers of one layer's keys, or of its values."""
 
     def __init__(self, like: Float[Tensor, "batch head token dim"], *, bits: int, group_size: int | None, tokens: int):

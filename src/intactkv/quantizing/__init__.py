@@ -3,7 +3,7 @@
 from intactkv.artifact.hub import FILE as PREFIX_KV
 from intactkv.attaching.plain import RECIPE
 from intactkv.quantizing.checkpoint import quantize
-from intactkv.quantizing.choice import chosen
+from intactkv.quantizing.choice import method_named
 from intactkv.quantizing.methods import AWQ, GPTQ, RTN, AutoRound, Method, Rotated, SmoothQuant
 
 __all__ = [
@@ -16,6 +16,6 @@ __all__ = [
     "Method",
     "Rotated",
     "SmoothQuant",
-    "chosen",
+    "method_named",
     "quantize",
 ]

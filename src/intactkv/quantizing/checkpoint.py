@@ -138,7 +138,7 @@ def quantize(
         quantized = _loaded_back(checkpoint)
         if made_for is not None and held_out is not None:
             kv = IntactKV.load(checkpoint / PREFIX_KV)
-            made_for.judge(quantized, kv, held_out, device)
+            made_for.measure(quantized, kv, held_out, device)
             about = {**kv.provenance, "prefix_aware": made_for.to_dict()}
             replace(kv, provenance=about).save(checkpoint / PREFIX_KV)
         del quantized

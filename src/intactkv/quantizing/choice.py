@@ -11,7 +11,7 @@ _PLAIN = {"rtn": RTN, "gptq": GPTQ, "awq": AWQ, "autoround": AutoRound}
 _TRANSFORMED = {"smoothquant": SmoothQuant, "rotated": Rotated}
 
 
-def chosen(
+def method_named(
     name: str,
     *,
     bits: int,

@@ -90,7 +90,7 @@ class MadeFor:
         """Note the full model's perplexity on the last few `windows`."""
         self.perplexity["full"] = self._perplexity(full, windows, device)
 
-    def judge(
+    def measure(
         self,
         quantized: PreTrainedModel,
         kv: IntactKV,
