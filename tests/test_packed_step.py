@@ -18,6 +18,7 @@ pytest.importorskip("triton")
 from intactkv import IntactKVError, PackedCache, Packing, read_packed
 from intactkv.packed import cache as cache_module
 from intactkv.packed import graphs, reads
+from intactkv.packed import steady as steady_module
 
 PACKINGS = {
     "per-token": Packing(bits=4, keys="per_token"),
@@ -164,7 +165,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         step()  # it runs twice before the first replay, as with CUDA
         with monkeypatch.context() as patch:  # while a graph is captured, transformers makes a mask that hides nothing
             patch.setattr("transformers.masking_utils.is_tracing", lambda tensor=None: True)
-            patch.setattr(reads, "capturing", lambda: True)
+            patch.setattr(steady_module, "capturing", lambda: True)
             output = step()
 
         def replay() -> None:
