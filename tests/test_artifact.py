@@ -27,6 +27,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from models import ARCHITECTURES, PREFIX, VOCAB, Architecture, build, by_name, prompts, rounded
 from safetensors.torch import save_file
+from test_cli import intactkv as intactkv_command
 from torch import Tensor, nn
 from transformers import AutoConfig, LlamaConfig, PreTrainedConfig
 
@@ -37,6 +38,7 @@ from intactkv import IntactKV, attach, capture
 from intactkv.artifact.digest import digests, joined, weights_digest
 from intactkv.artifact.file import VERSION
 from intactkv.artifact.fingerprint import check_fingerprint, fingerprint
+from intactkv.demo import MODEL
 from intactkv.error import IntactKVError
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -850,6 +852,16 @@ def test_an_artifact_without_logits_changes_only_those_of_the_prefix(small: Any,
     assert torch.equal(got[:, size:], expected[:, size:])
     assert not torch.allclose(got[:, :size], expected[:, :size], atol=0.1)  # its own, over the intact keys and values
     assert bare.to(dtype=torch.float64).logits is None
+
+
+def test_the_command_leaves_logits_out_where_asked(tmp_path: Path) -> None:
+    for name, more in (("with", []), ("without", ["--no-logits"])):
+        done = intactkv_command("capture", MODEL, "--prefix", "bos", "-o", tmp_path / name, *more)
+        assert done.returncode == 0, done.stderr
+    kept, bare = (IntactKV.load(tmp_path / name) for name in ("with", "without"))
+    assert kept.logits is not None
+    assert bare.logits is None
+    assert torch.equal(kept.layers[0][0], bare.layers[0][0])
 
 
 @pytest.mark.parametrize("module", ["intactkv.artifact", "intactkv.artifact.fingerprint", "intactkv.artifact.file"])

@@ -21,7 +21,7 @@ from intactkv import IntactKV
 from intactkv.checkpoint.load import load_model, load_tokenizer
 from intactkv.cli import main
 from intactkv.demo import MODEL, TEXT
-from intactkv.evaluating import Interval, judge
+from intactkv.evaluating import Interval, decide
 from intactkv.quantizing import method_named
 
 pytest.importorskip("llmcompressor")
@@ -78,7 +78,7 @@ def test_the_demo_writes_what_it_says(demo: tuple[Path, str]) -> None:
 def test_the_demos_sentences_follow_from_its_intervals(demo: tuple[Path, str]) -> None:
     figures = json.loads((demo[0] / "demo.json").read_text())
     for pair, sentence in zip(figures["pairs"], figures["sentences"], strict=True):
-        judged = judge(Interval(**pair["gap_closed"]))
+        judged = decide(Interval(**pair["gap_closed"]))
         assert sentence.startswith(f"{pair['intact']}: {judged}")
 
 

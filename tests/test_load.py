@@ -160,6 +160,7 @@ def test_a_ggufs_tokenizer_is_the_one_beside_it(ggufs: Path, tmp_path: Path) -> 
     assert load_tokenizer(file)("word").input_ids == load_tokenizer(str(MODEL))("word").input_ids
 
 
+@pytest.mark.filterwarnings("ignore:.*of the energy of the models' embeddings differ")
 def test_commands_take_a_gguf(ggufs: Path, tmp_path: Path) -> None:
     from test_cli import intactkv
 

@@ -95,7 +95,8 @@ class Planner:
             offset = torch.where(first, torch.arange(past, past + length, device=ids.device) - positions, -NEVER)
             progress.until = int(offset.max()) + len(prefix)
             if past == 0 and bool((real & (positions == 0)).any()):
-                self._warn_once(progress.matched, real.sum(1))
+                whole = progress.matched if is_paged(arguments) else real.sum(1)  # a chunk's end is no prompt's
+                self._warn_once(progress.matched, whole)
         progress.done = past + length >= progress.until
         padded = padded and bool((progress.matched > 0).any())
         return plan(Sites(row, col, positions[row, col]), bool(restarts.any()))

@@ -30,6 +30,9 @@ def capture_command(
     allow_quantized: Annotated[
         bool, typer.Option("--allow-quantized", help="Take a MODEL that is quantized, and say so in the file.")
     ] = False,
+    logits: Annotated[
+        bool, typer.Option("--logits/--no-logits", help="Keep the prefix's logits, which engines never read.")
+    ] = True,
     device: Device = "auto",
     dtype: DType = "auto",
 ) -> None:
@@ -61,7 +64,7 @@ def capture_command(
         with console.status("looking for pivots"):
             chosen = discover(full, tokenizer, text)
     with console.status(f"capturing {len(chosen)} tokens"):
-        kv = capture(full, chosen, tokenizer=tokenizer, allow_quantized=allow_quantized)
+        kv = capture(full, chosen, tokenizer=tokenizer, logits=logits, allow_quantized=allow_quantized)
         tokens = first_tokens(tokenizer, text, 4096)
         idle = without_pivot(full, behind(chosen, tokens), size=len(chosen))
         kv.save(out)
