@@ -827,7 +827,8 @@ def test_attach_refuses_what_is_no_causal_lm_and_another_model(pair: Any) -> Non
 def continuous(model: PreTrainedModel, rows: list[list[int]], **settings: Any) -> list[Any]:
     """What `generate_batch` gives for these prompts, in their order."""
     options = GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=VOCAB, pad_token_id=2)
-    batching = ContinuousBatchingConfig(num_blocks=64, **{"block_size": 32, **settings})
+    small = {"num_blocks": 16, "block_size": 32, "max_batch_tokens": 96}  # or it fills the memory, and takes its time
+    batching = ContinuousBatchingConfig(**{**small, **settings})
     found = model.generate_batch(inputs=rows, generation_config=options, continuous_batching_config=batching)
     return [found[name] for name in sorted(found, key=lambda name: int(name.rpartition("_")[2]))]
 
