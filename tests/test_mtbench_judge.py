@@ -373,7 +373,10 @@ def test_ctrl_c_stops_at_once_and_what_was_graded_is_kept(bench: Path, stub: Stu
     stub.reply = reply
     command = [sys.executable, "-m", "intactkv.cli", "mtbench", "judge", bench, "--endpoint", stub.url]
     command += ["--judge", "judge", "--questions", file]
-    running = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    running = subprocess.Popen(
+        list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which shells ignore in the background
+    )  # fmt: skip
     assert asked.wait(60)
     time.sleep(0.5)
     began = time.monotonic()
