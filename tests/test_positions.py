@@ -13,7 +13,7 @@ from test_control import CONTROL
 from transformers import BloomConfig, LlamaConfig
 
 from intactkv import IntactKVError, capture
-from intactkv.calibrating import Settings, Sample, Samples, calibrate, split
+from intactkv.calibrating import Sample, Samples, Settings, calibrate, split
 from intactkv.checkpoint.load import load_model, load_tokenizer
 from intactkv.demo import MODEL, TEXT
 from intactkv.evaluating import Arm, evaluate, prefixed_windows
