@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from intactkv import bos, capture
 from intactkv.doctor import rounded_model
-from intactkv.evaluate import Arm, Evaluation, evaluate, prefixed_windows
+from intactkv.evaluating import Arm, Evaluation, evaluate, prefixed_windows
 
 WINDOW = 512
 
