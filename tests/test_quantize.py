@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import HfApi
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -259,3 +260,16 @@ def test_fused_experts_are_quantized_where_transformers_can_load_them(tmp_path: 
     with safe_open(out / "model.safetensors", "pt") as file:
         assert "model.layers.0.mlp.experts.0.up_proj.weight_packed" in file.keys()  # noqa: SIM118
     torch.testing.assert_close(logits(dense(out)), logits(full), rtol=0, atol=0.02)
+
+
+def test_a_name_on_the_hub_is_looked_for_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def model_info(self: object, name: str, **settings: object) -> None:
+        asked.append(name)
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(HfApi, "model_info", model_info)
+    with pytest.raises(IntactKVError, match=r"owner/absent is no folder here, .* was not found on the Hub"):
+        quantize("owner/absent", tmp_path / "q", method=RTN(4, 32))
+    assert asked == ["owner/absent"]

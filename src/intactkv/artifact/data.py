@@ -129,9 +129,9 @@ class IntactKV:
         `revision` is a branch, tag or commit on the Hub. Raises `IntactKVError` as `load` does, and where there is no
         such folder, repository or file in it.
         """
-        from intactkv.artifact.hub import located
+        from intactkv.artifact.hub import artifact_file
 
-        return cls.load(located(source, revision=revision), device=device)
+        return cls.load(artifact_file(source, revision=revision), device=device)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
         """Write the artifact to `prefix.intactkv.safetensors` in `folder`, which is made where it is missing.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 def tensor_digest(tensor: Tensor) -> str:
     """SHA-256 over a tensor's type, shape and bytes."""
     sha = hashlib.sha256()
-    _add(sha, "", tensor)
+    add_tensor(sha, "", tensor)
     return sha.hexdigest()
 
 
@@ -38,15 +38,16 @@ def weights_digest(model: nn.Module) -> str:
     for name, tensor in sorted(model.state_dict().items()):
         if tensor.device.type == "meta":
             return "unknown: offloaded weights"
-        _add(sha, name, tensor)
+        add_tensor(sha, name, tensor)
     return sha.hexdigest()
 
 
-def _add(sha: Any, name: str, tensor: Tensor) -> None:
+def add_tensor(sha: Any, name: str, tensor: Tensor) -> None:
+    """Hash a tensor on: its name, type, shape and bytes."""
     inner = getattr(tensor, "__tensor_flatten__", None)
     if inner is not None:  # a tensor that wraps plain ones: torchao's
         for part in inner()[0]:
-            _add(sha, f"{name}.{part}", getattr(tensor, part))
+            add_tensor(sha, f"{name}.{part}", getattr(tensor, part))
         return
     sha.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
     sha.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from intactkv.artifact.digest import _add, digests, joined
+from intactkv.artifact.digest import add_tensor, digests, joined
 from intactkv.error import IntactKVError
 from intactkv.files import check_outputs, write_atomically
 
@@ -87,7 +87,7 @@ def _digest_1(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
     """Format 1's digest: the header's JSON, then all tensors by name, one after the other."""
     sha = hashlib.sha256(json.dumps({k: v for k, v in header.items() if k != "digest"}, sort_keys=True).encode())
     for name in sorted(tensors):
-        _add(sha, name, tensors[name])
+        add_tensor(sha, name, tensors[name])
     return sha.hexdigest()
 
 

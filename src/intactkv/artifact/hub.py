@@ -38,7 +38,7 @@ with ik.attach(model, "{repo}"):  # a quantized form of {model}
 """
 
 
-def located(source: str | os.PathLike[str], *, revision: str | None = None) -> Path:
+def artifact_file(source: str | os.PathLike[str], *, revision: str | None = None) -> Path:
     """The artifact's file of a folder, a Hub repository, or the file itself."""
     path = Path(source)
     if path.is_file():

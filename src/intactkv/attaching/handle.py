@@ -252,8 +252,9 @@ class Attachment:
 
     def _replace_logits(self, module: Any, args: Any, output: Tensor) -> Tensor | None:
         call = self._call
-        untouched = call is None or len(call.sites) == 0 or self.kv.logits is None
-        return None if call is None or untouched else call.logits(output)
+        if call is None or len(call.sites) == 0 or self.kv.logits is None:
+            return None
+        return call.logits(output)
 
 
 def _past_prefix(cache: Cache, progress: Progress) -> bool:

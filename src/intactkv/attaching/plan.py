@@ -42,7 +42,7 @@ class Planner:
         self._takes_positions = takes_positions
         self._rope_limit = _rope_limit(config)
         self._warned = False
-        self._cut: set[int] = set()  # where calls without a cache of transformers' have left a prefix half-way
+        self._cut: set[int] = set()  # where paged calls have left a prefix half-way
         self._last_sites: tuple[Any, Sites, Tensor] | None = None
 
     def plan(self, arguments: dict[str, Any], past: int, progress: Progress, *, caches: bool) -> Plan:
@@ -50,11 +50,12 @@ class Planner:
         ids = _ids(arguments, past, progress)
         length, prefix = ids.shape[1], self._intact.ids(ids.device)
         mask, given = as_tensor(arguments.get("attention_mask")), arguments.get("position_ids")
-        if is_paged(arguments):  # its mask is over the pages' slots, and its rows are packed without padding
+        paged = is_paged(arguments)
+        if paged:  # its mask is over the pages' slots, and its rows are packed without padding
             mask = None
             block = arguments["cache"].block_size
             self._cut.update(range(block, len(prefix), block))  # whole blocks of another request may be shared
-        if past == 0 and (quick := self._plan_unpadded(ids, prefix, mask, given, progress)) is not None:
+        elif past == 0 and (quick := self._plan_unpadded(ids, prefix, mask, given, progress)) is not None:
             return quick
         real, positions = real_tokens(mask, ids, past), token_positions(mask, given, ids, past)
         if given is None and not self._takes_positions and mask is not None and mask.ndim == 4:
@@ -80,7 +81,7 @@ class Planner:
         restarts = sequence_starts(real, positions, matched) & ~first
         if past == 0:
             self._refuse(ids, prefix, real, positions, inside)
-            if arguments.get("past_key_values") is None:
+            if paged:
                 self._refuse_continued(ids, prefix, real, positions, inside)
         if bool(inside.any()):
             self._refuse_unseen(mask, past, positions, inside, restarts, caches)
@@ -95,7 +96,7 @@ class Planner:
             offset = torch.where(first, torch.arange(past, past + length, device=ids.device) - positions, -NEVER)
             progress.until = int(offset.max()) + len(prefix)
             if past == 0 and bool((real & (positions == 0)).any()):
-                whole = progress.matched if is_paged(arguments) else real.sum(1)  # a chunk's end is no prompt's
+                whole = progress.matched if paged else real.sum(1)  # a chunk's end is no prompt's
                 self._warn_once(progress.matched, whole)
         progress.done = past + length >= progress.until
         padded = padded and bool((progress.matched > 0).any())
@@ -125,8 +126,6 @@ class Planner:
             self._refuse_position(ids.shape[1] - 1)
         progress.until, progress.padded = len(prefix), False
         progress.done = ids.shape[1] >= len(prefix)
-        if all_agree and not progress.done:
-            self._cut.add(ids.shape[1])
         if not all_agree:
             self._warn_once(progress.matched, torch.tensor(ids.shape[1]))
         return Plan(sites, None, False, ids.shape[1])
@@ -200,7 +199,7 @@ class Planner:
             )
 
     def _refuse_continued(self, ids: Tensor, prefix: Tensor, real: Tensor, positions: Tensor, inside: Tensor) -> None:
-        """Refuse a prefix that an earlier call has begun and this one goes on with, without a cache that says so.
+        """Refuse a prefix that an earlier paged call has begun and this one goes on with.
 
         Continuous batching (`generate_batch`) keeps its cache to itself and may cut a prompt into several calls.
         """

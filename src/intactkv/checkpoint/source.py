@@ -87,6 +87,7 @@ def located(source: str | os.PathLike[str]) -> tuple[str | os.PathLike[str], dic
 
 
 def is_gguf(source: str | os.PathLike[str]) -> bool:
+    """Whether a source is a GGUF file that is there."""
     return Path(source).suffix == ".gguf" and Path(source).is_file()
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from intactkv.cli.options import Device, DType, Model, console, prefix_ids, warn
+from intactkv.cli.options import Device, DType, Ids, Model, System, console, prefix_ids, warn
 from intactkv.error import IntactKVError
 from intactkv.files import check_outputs
 
@@ -22,8 +22,8 @@ def capture_command(
             "no pivot outside), or the text that prompts begin with."
         ),
     ] = None,
-    system: Annotated[str | None, typer.Option(help="The system prompt, with `--prefix chat`.")] = None,
-    ids: Annotated[str | None, typer.Option(help="Explicit token ids instead, such as `1,887,526`.")] = None,
+    system: System = None,
+    ids: Ids = None,
     data: Annotated[
         Path | None, typer.Option(help="With `--prefix auto`, a UTF-8 text to look for pivots in.", metavar="TEXT")
     ] = None,

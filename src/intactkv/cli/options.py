@@ -28,6 +28,8 @@ KV = Annotated[
         "--kv", help="The intact KV: a file, a folder that `quantize` wrote, or a name on the Hub.", metavar="KV"
     ),
 ]
+System = Annotated[str | None, typer.Option(help="The system prompt, with `--prefix chat`.")]
+Ids = Annotated[str | None, typer.Option(help="Explicit token ids instead, such as `1,887,526`.")]
 
 
 def warn(sentence: str) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from intactkv.cli.options import Device, DType, Model, console, prefix_ids
+from intactkv.cli.options import Device, DType, Ids, Model, System, console, prefix_ids
 from intactkv.error import IntactKVError
 from intactkv.screen import Screen, working
 
@@ -40,8 +40,8 @@ def quantize_command(
         str | None,
         typer.Option(help="`bos` (the default), `chat`, or the text that prompts begin with: what stays intact."),
     ] = None,
-    system: Annotated[str | None, typer.Option(help="The system prompt, with `--prefix chat`.")] = None,
-    ids: Annotated[str | None, typer.Option(help="Explicit token ids instead, such as `1,887,526`.")] = None,
+    system: System = None,
+    ids: Ids = None,
     prefix_weight: Annotated[
         float | None,
         typer.Option(

@@ -34,7 +34,7 @@ from intactkv.artifact.hub import FILE as PREFIX_KV
 from intactkv.attaching.plain import RECIPE
 from intactkv.capturing.live import capture, checked_ids
 from intactkv.checkpoint.load import load_model, load_tokenizer, load_with_losses
-from intactkv.checkpoint.source import config_of, refuse_quantized
+from intactkv.checkpoint.source import config_of, is_gguf, refuse_quantized
 from intactkv.error import IntactKVError
 from intactkv.evaluating.windows import prefixed_windows
 from intactkv.files import check_folder
@@ -109,12 +109,13 @@ def quantize(
         checkpoint = Path(scratch) / "quantized"
         if isinstance(model, PreTrainedModel):  # llm-compressor works in place: give it a model of its own
             refuse_quantized(model.config)
-            source, name = Path(scratch) / "full", str(model.config.name_or_path)
+            source: str | os.PathLike[str] = Path(scratch) / "full"
+            name = str(model.config.name_or_path)
             model.save_pretrained(source)
         else:
-            source, name = Path(model), str(model)
+            source, name = model, str(model)
         full, tokenizer = _load(source, dtype), _tokenizer(source)
-        if source.is_file():  # llm-compressor looks for a configuration beside the weights, which a GGUF has inside
+        if is_gguf(source):  # llm-compressor looks for a configuration beside the weights, which a GGUF has inside
             full.name_or_path = full.config._name_or_path = str(Path(scratch) / "full")
             full.config.save_pretrained(full.name_or_path)
         ids = None if prefix is None else checked_ids(prefix, full.config.get_text_config(decoder=True).vocab_size)
@@ -143,7 +144,7 @@ def quantize(
             replace(kv, provenance=about).save(checkpoint / PREFIX_KV)
         del quantized
         _record(checkpoint, method, windows, ids, made_for)
-        _copy_tokenizer(source, tokenizer, checkpoint)
+        _copy_tokenizer(Path(source), tokenizer, checkpoint)
         checkpoint.replace(out)
         log.info("written: %s", out)
     for sentence in said:
@@ -151,7 +152,7 @@ def quantize(
     return out
 
 
-def _load(source: Path, dtype: torch.dtype | str) -> PreTrainedModel:
+def _load(source: str | os.PathLike[str], dtype: torch.dtype | str) -> PreTrainedModel:
     """The full model, fresh from its checkpoint."""
     config = config_of(source)
     if config is not None:
@@ -161,7 +162,7 @@ def _load(source: Path, dtype: torch.dtype | str) -> PreTrainedModel:
     return model
 
 
-def _tokenizer(source: Path) -> PreTrainedTokenizerBase | None:
+def _tokenizer(source: str | os.PathLike[str]) -> PreTrainedTokenizerBase | None:
     try:
         return load_tokenizer(source)
     except IntactKVError:  # a model without one can be quantized all the same

@@ -60,13 +60,16 @@ def compress_(
             f"AWQ cannot leave prefix tokens out on {type(full).__name__}, whose experts get tokens without their "
             "places; use GPTQ, or prefix_weight=1"
         )
-    probe = _probe(full, calibration)
-    with in_float32(full):
-        before = _logits(full, probe)
+    probe, before = _probe(full, calibration), None
+    if method.basis != "full":
+        with in_float32(full):
+            before = _logits(full, probe)
 
     def look(model: PreTrainedModel) -> None:
+        if before is None and transformed is None:
+            return  # a model in half precision takes its room again in float32
         with in_float32(model):
-            if method.basis != "full":
+            if before is not None:
                 _check_same(before, _logits(model, probe), method, model)
             if transformed is not None:
                 transformed(model)

@@ -311,10 +311,8 @@ class Rotated:
             "transform_block_size": self._block(full),
             "precision": torch.float32,  # of R4, in the model's forward; R1 and R2 are fused in float64
         }
-        return [
-            Call(function=widen_),
-            Rotate(**settings),
-        ]  # one rounding to fewer bits instead of one for each
+        # in float32, or each rotation would round the weights to the stored type once more
+        return [Call(function=widen_), Rotate(**settings)]
 
     def rounding(self, full: PreTrainedModel, ignore: Sequence[str]) -> list[Any]:
         from intactkv.quantizing.steps import Call, cast_

@@ -37,10 +37,13 @@ class Rotate(SpinQuantModifier):
         pass
 
 
+HALF = (torch.bfloat16, torch.float16)
+
+
 def widen_(model: nn.Module) -> None:
     """Cast half-precision numbers to float32."""
     with disable_onloading():  # or copies on the accelerator would be cast, and forgotten
-        model._apply(lambda x: x.float() if x.dtype in (torch.bfloat16, torch.float16) else x)
+        model._apply(lambda x: x.float() if x.dtype in HALF else x)
 
 
 def cast_(model: nn.Module, types: Mapping[str, torch.dtype]) -> None:
@@ -58,7 +61,7 @@ def in_float32(model: nn.Module) -> Iterator[None]:
     In bfloat16 the noise of one forward can be half as large as the logits' spread (SmolLM2, on tokens of no text).
     """
     with disable_onloading():
-        narrow = [parameter for parameter in model.parameters() if parameter.dtype in (torch.bfloat16, torch.float16)]
+        narrow = [parameter for parameter in model.parameters() if parameter.dtype in HALF]
         before = [parameter.data for parameter in narrow]
     try:
         for parameter in narrow:
