@@ -28,9 +28,9 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from intactkv import bos, capture
-from intactkv.calibrating import Sample, Samples, Settings, Split, spool, text_samples
+from intactkv.calibrating import CalibrationConfig, Sample, Samples, Split, spool, text_samples
 from intactkv.calibrating.activations import activations_fit
-from intactkv.calibrating.keep import Kept
+from intactkv.calibrating.spool import Kept
 from intactkv.calibrating.step import order, step_, with_tensors
 from intactkv.calibrating.targets import Live
 from intactkv.calibrating.train import _start
@@ -57,7 +57,7 @@ def main(way: str, samples: int, window: int, steps: int) -> None:
     kv = capture(full, bos(tokenizer))
     rows = _overlapping(text_samples(TEXT, tokenizer, prefix=kv.ids, length=window).rows, len(kv), samples)
     epoch = samples // 8  # steps in which targets are computed, where they are kept for the later ones
-    settings = Settings(steps=epoch + steps if way == "default" else steps, batch_size=8, **WAYS[way])
+    settings = CalibrationConfig(steps=epoch + steps if way == "default" else steps, batch_size=8, **WAYS[way])
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         if way == "spooled":
             targets: Any = spool(
@@ -91,7 +91,7 @@ def _overlapping(rows: Any, prefix: int, count: int) -> tuple[Sample, ...]:
     return tuple(Sample(torch.cat([head, text[i : i + width]]), rows[0].learned) for i in starts)
 
 
-def _ours(targets: Any, model: Any, kv: Any, rows: Any, settings: Settings) -> list[float]:
+def _ours(targets: Any, model: Any, kv: Any, rows: Any, settings: CalibrationConfig) -> list[float]:
     """The seconds of every step."""
     state, seconds = _start(kv, model, settings), []
     for step in range(settings.steps):
@@ -116,7 +116,7 @@ def _targets(full: Any, model: Any, rows: Any) -> tuple[list[list[Tensor]], list
     return held, outputs
 
 
-def _held(model: Any, kv: Any, rows: Any, targets: Any, settings: Settings) -> list[float]:
+def _held(model: Any, kv: Any, rows: Any, targets: Any, settings: CalibrationConfig) -> list[float]:
     """The paper's scheme; the seconds of every step, the first pass over the full model not counted."""
     held, outputs = targets
     layers = [tuple(t.clone().requires_grad_() for t in pair) for pair in kv.layers.values()]

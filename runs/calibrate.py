@@ -31,7 +31,7 @@ import typer
 from torch import Tensor
 
 from intactkv import IntactKV, IntactKVError, bos
-from intactkv.calibrating import Objective, Samples, Settings, Split, calibrate, split, text_samples
+from intactkv.calibrating import CalibrationConfig, Objective, Samples, Split, calibrate, split, text_samples
 from intactkv.checkpoint.load import load_model, load_tokenizer
 from intactkv.demo import MODEL
 from intactkv.evaluating import Arm, TokenMetrics, Windows, evaluate, paired_bootstrap, prefixed_windows
@@ -66,7 +66,7 @@ class Plan:
     window: int
     windows: int
     device: str
-    settings: Settings
+    settings: CalibrationConfig
 
 
 def main(
@@ -94,7 +94,7 @@ def main(
     processes: Annotated[int, typer.Option(help="How many calibrate at once.")] = 1,
 ) -> None:  # fmt: skip
     """Calibrate for every cell and write one row each."""
-    settings = Settings(
+    settings = CalibrationConfig(
         steps=steps, batch_size=batch_size, micro_batch=micro_batch, learning_rate=learning_rate, decay=decay,
         check_every=max(1, steps // 8), checkpoint_blocks=False,
     )  # fmt: skip
@@ -196,7 +196,7 @@ def _row(plan: Plan, cell: Cell) -> str:
     learned, measure = _data(plan, tuple(kv.ids.tolist()))
     began, before = perf_counter(), _memory(plan.device, reset=True)
     settings = replace(plan.settings, objective=OBJECTIVES[goal])
-    calibrated = calibrate(kv, model, full, learned, settings=settings)
+    calibrated = calibrate(kv, model, full, learned, config=settings)
     seconds, mib = perf_counter() - began, _memory(plan.device) - before
     about = calibrated.provenance["calibration"]
     arms = [Arm("own", model), Arm("intact", model, kv), Arm("calibrated", model, calibrated)]

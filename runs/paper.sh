@@ -47,11 +47,11 @@ harness() {
     intactkv lm-eval run --model intactkv --model_args "$arguments" --include_path "$OUT/tasks" --tasks "$(cat "$OUT/tasks/names")" \
         --batch_size 8 --device "$DEVICE" --log_samples --output_path "$OUT/harness/$arm" ${LIMIT:+--limit "$LIMIT"}
 }
-names() { intactkv tasks "$DATA/eval" -o "$OUT/tasks" && python -c '
-import sys; from pathlib import Path; from intactkv.harness.tasks import TASKS
-known = {t["task"] for t in TASKS.values()} | {"mmlu_local"}
-print(",".join(sorted(n for n in known if Path(sys.argv[1], n + ".yaml").exists() and n not in ("wikitext_local", "c4_local"))))' \
-    "$OUT/tasks" > "$OUT/tasks/names"; }
+names() { python -c '
+import sys; from pathlib import Path; from intactkv.harness.tasks import write_tasks
+out = Path(sys.argv[2])
+print(",".join(n for n in write_tasks(Path(sys.argv[1]), out) if "loglikelihood_rolling" not in (out / f"{n}.yaml").read_text()))' \
+    "$DATA/eval" "$OUT/tasks" > "$OUT/tasks.names" && mv "$OUT/tasks.names" "$OUT/tasks/names"; }
 
 : > "$OUT/left-out.txt"
 has "calibration text" "$learn" || exit 1

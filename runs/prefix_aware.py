@@ -28,7 +28,7 @@ from torch import Tensor
 from intactkv import IntactKV, bos, chat_prefix, text_prefix
 from intactkv.artifact.hub import FILE as PREFIX_KV
 from intactkv.attaching.plain import made_for_prefix
-from intactkv.calibrating import Objective, Settings, calibrate, split, text_samples
+from intactkv.calibrating import CalibrationConfig, Objective, calibrate, split, text_samples
 from intactkv.checkpoint.load import device_named, load_model_on, load_tokenizer
 from intactkv.evaluating import Arm, Evaluation, Windows, evaluate, prefixed_windows
 from intactkv.evaluating.metrics import summary
@@ -188,8 +188,8 @@ class Bench:
         parts = split(
             text_samples(self.calibration, self.tokenizer, prefix=kv.ids, length=WINDOW, count=168), held_out=40
         )
-        settings = Settings(objective=Objective(0, 1), steps=96, micro_batch=self.at_once)
-        return calibrate(kv, model, self.full, parts, settings=settings)
+        settings = CalibrationConfig(objective=Objective(0, 1), steps=96, micro_batch=self.at_once)
+        return calibrate(kv, model, self.full, parts, config=settings)
 
     def arms(self, model: Any, kvs: dict[str, IntactKV], windows: Windows) -> dict[str, Any]:
         arms = [Arm("own", model), Arm("bare", model, None, len(kvs["intact"]))]

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from intactkv import Attachment, IntactKV, IntactKVError, attach, capture
-from intactkv.calibrating import Objective, Sample, Samples, Settings, Split, calibrate
+from intactkv.calibrating import CalibrationConfig, Objective, Sample, Samples, Split, calibrate
 
 P = len(PREFIX)
 PAGE = Path(__file__).parent.parent / "docs/backends.md"
@@ -281,15 +281,15 @@ def test_it_calibrates_or_is_refused_by_name(served: Served, full: tuple[Path, I
     if served.dtype != torch.float32:
         pytest.skip("in float32 only, where the loss must fall")
     rows = Samples(tuple(Sample(row, torch.arange(len(row)) >= P) for row in prompts()))
-    settings = Settings(Objective(1, 1), learning_rate=0.02, steps=8, batch_size=len(rows), check_every=8)
+    settings = CalibrationConfig(Objective(1, 1), learning_rate=0.02, steps=8, batch_size=len(rows), check_every=8)
     whole = AutoModelForCausalLM.from_pretrained(full[0], dtype=torch.float32)
     arrives, job = gradient(served.model, served.kv), (served.model, whole, Split(rows, rows, rows))
     if served.backend.other_basis:
         with pytest.raises(IntactKVError, match="basis"):
-            calibrate(served.kv, *job, settings=settings)
+            calibrate(served.kv, *job, config=settings)
         served.record("calibrates", "refused: another basis")
         return
-    found = calibrate(served.kv, *job, settings=settings)
+    found = calibrate(served.kv, *job, config=settings)
     about = found.provenance["calibration"]
     mended = ", ".join(f"{count} {name}" for name, count in about["straight_through"].items())
     assert bool(mended) != arrives.startswith("yes"), (mended, arrives)

@@ -18,7 +18,17 @@ from torch import Tensor, nn
 
 from intactkv import IntactKV, IntactKVError, attach, capture
 from intactkv.artifact.digest import weights_digest
-from intactkv.calibrating import Objective, Report, Sample, Samples, Settings, Split, calibrate, spool, spool_bytes
+from intactkv.calibrating import (
+    CalibrationConfig,
+    Objective,
+    Report,
+    Sample,
+    Samples,
+    Split,
+    calibrate,
+    spool,
+    spool_bytes,
+)
 from intactkv.calibrating.activations import activations_fit
 from intactkv.calibrating.backward import effective_weight, frozen, straight_through
 from intactkv.calibrating.board import board
@@ -32,7 +42,7 @@ from intactkv.evaluating import TokenMetrics
 
 P = len(PREFIX)
 KL, BLOCKS, BOTH = Objective(blocks=0, kl=1), Objective(), Objective(blocks=1, kl=1)
-QUICK = Settings(objective=KL, learning_rate=0.03, steps=12, batch_size=4, check_every=4, patience=9)
+QUICK = CalibrationConfig(objective=KL, learning_rate=0.03, steps=12, batch_size=4, check_every=4, patience=9)
 
 
 def samples(rows: int, seed: int, length: int = 20) -> Samples:
@@ -57,8 +67,8 @@ def trio() -> Any:
     return make_pair(by_name("llama-gqa"))
 
 
-def start(kv: IntactKV, model: Any, settings: Settings = QUICK) -> dict[str, Tensor]:
-    return _start(kv, model, settings).tensors
+def start(kv: IntactKV, model: Any, config: CalibrationConfig = QUICK) -> dict[str, Tensor]:
+    return _start(kv, model, config).tensors
 
 
 # What is trained
@@ -69,7 +79,7 @@ def test_it_lowers_its_own_loss_and_leaves_both_models_as_they_were(trio: Any, o
     full, model, kv = trio
     before = [weights_digest(m) for m in (full, model)], kv.digest
     learning = [p.requires_grad for p in model.parameters()]
-    found = calibrate(kv, model, full, data(), settings=replace(QUICK, objective=objective, batch_size=8))
+    found = calibrate(kv, model, full, data(), config=replace(QUICK, objective=objective, batch_size=8))
     losses = found.provenance["calibration"]["losses"]
     assert sum(losses[-3:]) < 0.98 * sum(losses[:3])
     assert before == ([weights_digest(m) for m in (full, model)], kv.digest)
@@ -84,11 +94,11 @@ def test_it_lowers_its_own_loss_and_leaves_both_models_as_they_were(trio: Any, o
 @pytest.mark.parametrize("objective", [KL, BLOCKS], ids=["kl", "blocks"])
 def test_a_gradient_reaches_every_layer_and_no_weight(name: str, objective: Objective) -> None:
     full, model, kv = make_pair(by_name(name))
-    settings = replace(QUICK, objective=objective)
-    tensors = start(kv, model, settings)
+    config = replace(QUICK, objective=objective)
+    tensors = start(kv, model, config)
     rows = samples(2, 1, length=8).rows  # shorter than any window, so that every layer still sees the prefix
     with frozen(model):
-        gradients_(tensors, kv, model, Live(full, kv.ids), rows, settings)
+        gradients_(tensors, kv, model, Live(full, kv.ids), rows, config)
     assert all(p.grad is None for p in [*model.parameters(), *full.parameters()])
     assert {f"layers.{i}.{part}" for i in kv.layers for part in ("key", "value")} == set(tensors)
     for tensor_name, tensor in tensors.items():
@@ -102,10 +112,10 @@ def test_the_gradient_is_that_of_injection_by_hand_and_of_the_formulas(trio: Any
     full, model, kv = (m.double() if isinstance(m, nn.Module) else m for m in make_pair(by_name("llama-gqa")))
     kv = kv.to(dtype=torch.float64)
     rows = samples(3, 5).rows
-    settings = Settings(objective=BOTH, micro_batch=2, checkpoint_blocks=checkpoint)
-    tensors = start(kv, model, settings)
-    loss = gradients_(tensors, kv, model, Live(full, kv.ids), rows, settings)
-    leaves = start(kv, model, settings)
+    config = CalibrationConfig(objective=BOTH, micro_batch=2, checkpoint_blocks=checkpoint)
+    tensors = start(kv, model, config)
+    loss = gradients_(tensors, kv, model, Live(full, kv.ids), rows, config)
+    leaves = start(kv, model, config)
     layers = {i: (leaves[f"layers.{i}.key"], leaves[f"layers.{i}.value"]) for i in kv.layers}
     squares, divergence, learned = torch.zeros(()), torch.zeros(()), sum(int(r.learned.sum()) for r in rows)
     for row in rows:
@@ -117,7 +127,7 @@ def test_the_gradient_is_that_of_injection_by_hand_and_of_the_formulas(trio: Any
             squares = squares + 0.5 * (own[0][here] - target[0, P:][here]).square().mean(-1).sum()
         p, q = (x.log_softmax(-1) for x in (want.logits[0, P:-1][here[1:]], given.logits[0, :-1][here[1:]]))
         divergence = divergence + (p.exp() * (p - q)).sum()
-    last = settings.objective.blocks * _last_block(full, model, replace(kv, layers=layers), rows)
+    last = config.objective.blocks * _last_block(full, model, replace(kv, layers=layers), rows)
     want_loss = (squares + last) / len(kv.layers) / learned + divergence / learned
     want_loss.backward()
     assert loss == pytest.approx(want_loss.item(), rel=1e-7)
@@ -144,7 +154,7 @@ def _last_block(full: Any, model: Any, kv: IntactKV, rows: Any) -> Tensor:
 @pytest.mark.parametrize("parts", [("value",), ("key",)])
 def test_only_the_chosen_parts_of_the_chosen_layers_change(trio: Any, parts: tuple[str, ...]) -> None:
     full, model, kv = trio
-    found = calibrate(kv, model, full, seen(), settings=replace(QUICK, parts=parts, layers=(1,)))
+    found = calibrate(kv, model, full, seen(), config=replace(QUICK, parts=parts, layers=(1,)))
     assert found.provenance["calibration"]["adopted"]
     changed = {name for name, t in found.tensors.items() if not torch.equal(t, kv.tensors[name])}
     assert changed == {f"layers.1.{parts[0]}"}
@@ -154,9 +164,9 @@ def test_micro_batches_and_checkpointing_do_not_change_the_gradient(trio: Any) -
     full, model, kv = trio
     rows, got = samples(6, 1).rows, []
     for size, checkpoint in ((1, True), (3, False), (4, True)):
-        settings = replace(QUICK, objective=BOTH, micro_batch=size, checkpoint_blocks=checkpoint)
-        tensors = start(kv, model, settings)
-        loss = gradients_(tensors, kv, model, Live(full, kv.ids), rows, settings)
+        config = replace(QUICK, objective=BOTH, micro_batch=size, checkpoint_blocks=checkpoint)
+        tensors = start(kv, model, config)
+        loss = gradients_(tensors, kv, model, Live(full, kv.ids), rows, config)
         got.append((loss, [t.grad for t in tensors.values()]))
     for loss, gradients in got[1:]:
         assert loss == pytest.approx(got[0][0], rel=1e-5)
@@ -168,22 +178,22 @@ def test_bfloat16_models_train_float32_tensors_and_save_what_was_measured() -> N
     model, kv = rounded(full), capture(full, PREFIX)
     tensors = start(kv, model)
     assert {t.dtype for t in tensors.values()} == {torch.float32}
-    found = calibrate(kv, model, full, seen(), settings=replace(QUICK, batch_size=8))
+    found = calibrate(kv, model, full, seen(), config=replace(QUICK, batch_size=8))
     assert found.provenance["calibration"]["adopted"]
     assert {t.dtype for pair in found.layers.values() for t in pair} == {torch.bfloat16}
 
 
 def test_every_sample_comes_once_in_an_epoch_and_steps_need_no_memory() -> None:
-    settings = Settings(batch_size=4)
-    seen = [i for step in range(5) for i in order(10, step, settings)]
+    config = CalibrationConfig(batch_size=4)
+    seen = [i for step in range(5) for i in order(10, step, config)]
     assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10))
     assert seen[:10] != seen[10:]
-    assert order(10, 3, settings) == seen[12:16]
+    assert order(10, 3, config) == seen[12:16]
 
 
 def test_the_learning_rate_is_the_papers_for_its_objective_and_falls_for_kl(trio: Any) -> None:
     full, model, kv = trio
-    paper, ours = Settings(), Settings(objective=KL)
+    paper, ours = CalibrationConfig(), CalibrationConfig(objective=KL)
     assert [paper.rate(step) for step in (0, 80, 159)] == [2e-4] * 3
     assert [ours.rate(step) for step in (0, 80, 160)] == pytest.approx([1e-2, 5e-3, 0.0])
     assert replace(ours, learning_rate=0.5, decay=False).rate(99) == 0.5
@@ -211,7 +221,7 @@ def test_spooled_targets_are_the_live_ones_and_their_bytes_are_stated(trio: Any,
     live, read = (targets.of(rows, **wanted) for targets in (Live(full, kv.ids), kept))
     torch.testing.assert_close(live.blocks, read.blocks)
     torch.testing.assert_close(live.logits, read.logits)
-    by_live, by_spool = (calibrate(kv, model, t, parts, settings=replace(QUICK, objective=BOTH)) for t in (full, kept))
+    by_live, by_spool = (calibrate(kv, model, t, parts, config=replace(QUICK, objective=BOTH)) for t in (full, kept))
     losses = [kv.provenance["calibration"]["losses"] for kv in (by_live, by_spool)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
@@ -236,11 +246,11 @@ def test_a_spool_goes_on_where_it_stopped_and_refuses_what_is_not_its_own(trio: 
 def test_targets_kept_on_disk_are_those_computed_again_bit_for_bit(trio: Any, monkeypatch: Any, tmp_path: Path) -> None:
     full, model, kv = trio
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    settings, found = replace(QUICK, objective=BOTH, micro_batch=3, steps=6), []
+    config, found = replace(QUICK, objective=BOTH, micro_batch=3, steps=6), []
     for most in (1, 30_000, 2**30):  # none fits, some do, all do
         computed: list[int] = []
         hook = full.register_forward_hook(lambda *_, computed=computed: computed.append(1))
-        found.append((calibrate(kv, model, full, data(), settings=replace(settings, keep_bytes=most)), len(computed)))
+        found.append((calibrate(kv, model, full, data(), config=replace(config, keep_bytes=most)), len(computed)))
         hook.remove()
     rows = sum(len(part) for part in (data().train, data().choose, data().judge))
     assert found[0][1] > found[1][1] > found[2][1]
@@ -257,10 +267,10 @@ def test_a_full_disk_is_no_place_for_targets(trio: Any, monkeypatch: Any, tmp_pa
     resource.setrlimit(resource.RLIMIT_FSIZE, (1024, limits[1]))
     try:
         with pytest.raises(IntactKVError, match=r"targets cannot be kept in .* keep_bytes=0"):
-            calibrate(kv, model, full, data(), settings=QUICK)
+            calibrate(kv, model, full, data(), config=QUICK)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    calibrate(kv, model, full, data(), settings=replace(QUICK, keep_bytes=0, steps=1))
+    calibrate(kv, model, full, data(), config=replace(QUICK, keep_bytes=0, steps=1))
 
 
 # What the graph takes
@@ -291,7 +301,7 @@ def test_blocks_are_checkpointed_where_the_graph_passes_its_bound(trio: Any, obj
         fits = {most: activations_fit(own, model, rows, objective, most_bytes=most) for most in (0, size - 1, size)}
     assert fits == {0: False, size - 1: False, size: True}
     for most, checkpointed in ((0, True), (2**30, False)):
-        found = calibrate(kv, model, full, data(), settings=replace(QUICK, steps=1, activation_bytes=most))
+        found = calibrate(kv, model, full, data(), config=replace(QUICK, steps=1, activation_bytes=most))
         assert found.provenance["calibration"]["checkpointed"] is checkpointed
 
 
@@ -312,7 +322,7 @@ def test_the_gate_adopts_what_is_lower_beyond_its_interval_only() -> None:
 
 def test_a_calibration_that_does_harm_is_not_kept(trio: Any) -> None:
     full, model, kv = trio
-    found = calibrate(kv, model, full, data(), settings=replace(QUICK, learning_rate=50.0, clip=1e9))
+    found = calibrate(kv, model, full, data(), config=replace(QUICK, learning_rate=50.0, clip=1e9))
     about = found.provenance["calibration"]
     assert about["best_step"] == 0
     assert about["adopted"] is False
@@ -321,8 +331,8 @@ def test_a_calibration_that_does_harm_is_not_kept(trio: Any) -> None:
 
 def test_it_stops_early_and_returns_the_best_step(trio: Any) -> None:
     full, model, kv = trio
-    settings = replace(QUICK, learning_rate=1.5, steps=60, check_every=1, patience=3)
-    about = calibrate(kv, model, full, data(), settings=settings).provenance["calibration"]
+    config = replace(QUICK, learning_rate=1.5, steps=60, check_every=1, patience=3)
+    about = calibrate(kv, model, full, data(), config=config).provenance["calibration"]
     best = min(about["readings"], key=lambda reading: reading[1])
     assert about["best_step"] == best[0]
     assert about["steps"] == best[0] + 3 < 60
@@ -330,7 +340,7 @@ def test_it_stops_early_and_returns_the_best_step(trio: Any) -> None:
 
 def test_what_is_kept_is_written_with_its_story(trio: Any, tmp_path: Path) -> None:
     full, model, kv = trio
-    found = calibrate(kv, model, full, seen(), settings=QUICK)
+    found = calibrate(kv, model, full, seen(), config=QUICK)
     about = found.provenance["calibration"]
     assert about["adopted"]
     assert about["kl"]["after"] < about["kl"]["before"] - about["kl_removed"]["low"]
@@ -353,12 +363,12 @@ from test_calibrate import QUICK, data
 from models import by_name, make_pair
 from intactkv.calibrating import calibrate
 full, model, kv = make_pair(by_name("llama-gqa"))
-settings = replace(QUICK, steps=26, check_every=1, patience=99)
+config = replace(QUICK, steps=26, check_every=1, patience=99)
 
 def run(folder):
     child = os.fork()  # nothing has used autograd yet
     if child == 0:
-        calibrate(kv, model, full, data(), settings=settings, checkpoint=folder / "state").save(folder / "kv")
+        calibrate(kv, model, full, data(), config=config, checkpoint=folder / "state").save(folder / "kv")
         os._exit(0)
     return child
 
@@ -394,7 +404,7 @@ def test_killed_at_several_moments_it_ends_bit_for_bit_as_if_it_had_not_been(tmp
 
 def test_a_full_disk_ends_with_a_sentence_and_the_last_good_state(trio: Any, tmp_path: Path) -> None:
     full, model, kv = trio
-    state, settings = tmp_path / "state", replace(QUICK, steps=8)
+    state, config = tmp_path / "state", replace(QUICK, steps=8)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def fill(report: Any) -> None:
@@ -403,15 +413,15 @@ def test_a_full_disk_ends_with_a_sentence_and_the_last_good_state(trio: Any, tmp
 
     try:
         with pytest.raises(IntactKVError, match=r"step 8 cannot be written to .* last one written is kept"):
-            calibrate(kv, model, full, data(), settings=settings, checkpoint=state, progress=fill)
+            calibrate(kv, model, full, data(), config=config, checkpoint=state, progress=fill)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert [f.name for f in tmp_path.iterdir()] == ["state"]
     resumed: list[int] = []
-    found = calibrate(kv, model, full, data(), settings=settings, checkpoint=state,
+    found = calibrate(kv, model, full, data(), config=config, checkpoint=state,
                       progress=lambda report: resumed.append(report.step))  # fmt: skip
     assert resumed == [5, 6, 7, 8]
-    assert found.provenance == calibrate(kv, model, full, data(), settings=settings).provenance
+    assert found.provenance == calibrate(kv, model, full, data(), config=config).provenance
 
 
 def test_a_loss_that_is_no_number_ends_with_a_sentence_and_the_last_good_state(trio: Any, tmp_path: Path) -> None:
@@ -427,12 +437,12 @@ def test_a_loss_that_is_no_number_ends_with_a_sentence_and_the_last_good_state(t
     kept = model.model.embed_tokens.weight.detach().clone()
     try:
         with pytest.raises(IntactKVError, match=r"the loss of step \d+ is nan"):
-            calibrate(kv, model, full, data(), settings=QUICK, checkpoint=state, progress=spoil)
+            calibrate(kv, model, full, data(), config=QUICK, checkpoint=state, progress=spoil)
     finally:
         with torch.no_grad():
             model.model.embed_tokens.weight.copy_(kept)
     resumed: list[int] = []
-    calibrate(kv, model, full, data(), settings=QUICK, checkpoint=state, progress=lambda r: resumed.append(r.step))
+    calibrate(kv, model, full, data(), config=QUICK, checkpoint=state, progress=lambda r: resumed.append(r.step))
     assert resumed[0] == 5
 
 
@@ -440,22 +450,22 @@ def test_the_checkpoint_of_another_run_and_rubbish_are_refused(trio: Any, tmp_pa
     full, model, kv = trio
     state = tmp_path / "state"
     short = replace(QUICK, steps=4)
-    calibrate(kv, model, full, data(), settings=short, checkpoint=state)
+    calibrate(kv, model, full, data(), config=short, checkpoint=state)
     elsewhere = data()  # the same samples of the same file, and the same model, by other spellings of their paths
     spelled = Split(*(replace(part, source=f"./{part.source}") for part in vars(elsewhere).values()))
     named, model.config.name_or_path = model.config.name_or_path, "another/spelling"
     steps: list[int] = []
-    calibrate(kv, model, full, spelled, settings=short, checkpoint=state, progress=lambda r: steps.append(r.step))
+    calibrate(kv, model, full, spelled, config=short, checkpoint=state, progress=lambda r: steps.append(r.step))
     model.config.name_or_path = named
     assert 1 not in steps, "it began anew"
     for other in (replace(short, seed=1), replace(short, learning_rate=0.02)):
         with pytest.raises(IntactKVError, match="of another calibration"):
-            calibrate(kv, model, full, data(), settings=other, checkpoint=state)
+            calibrate(kv, model, full, data(), config=other, checkpoint=state)
     content = state.read_bytes()
     for rubbish in (content[: len(content) // 2], b"", b"{}"):
         state.write_bytes(rubbish)
         with pytest.raises(IntactKVError, match="is no checkpoint of a calibration"):
-            calibrate(kv, model, full, data(), settings=short, checkpoint=state)
+            calibrate(kv, model, full, data(), config=short, checkpoint=state)
 
 
 @pytest.mark.parametrize(
@@ -492,9 +502,9 @@ def test_samples_that_cannot_learn_are_refused(trio: Any) -> None:
         (Sample(beyond, row.learned), "outside the vocabulary"),
     ):
         with pytest.raises(IntactKVError, match=message):
-            calibrate(kv, model, full, replace(data(), train=Samples((row, bad))), settings=QUICK)
+            calibrate(kv, model, full, replace(data(), train=Samples((row, bad))), config=QUICK)
     with pytest.raises(IntactKVError, match="layers="):
-        calibrate(kv, model, full, data(), settings=replace(QUICK, layers=(7,)))
+        calibrate(kv, model, full, data(), config=replace(QUICK, layers=(7,)))
 
 
 # Kernels without a backward pass
@@ -529,10 +539,10 @@ def kernels(model: Any) -> Any:
 
 def test_kernels_without_backward_are_trained_through_their_effective_weights() -> None:
     full, model, kv = make_pair(by_name("qwen2"))  # with biases
-    settings = replace(QUICK, objective=BOTH)
-    plain = calibrate(kv, model, full, data(), settings=settings)
+    config = replace(QUICK, objective=BOTH)
+    plain = calibrate(kv, model, full, data(), config=config)
     served = kernels(rounded(full))
-    mended = calibrate(kv, served, full, data(), settings=settings)
+    mended = calibrate(kv, served, full, data(), config=config)
     about = mended.provenance["calibration"]
     assert about["straight_through"] == {"Kernel": 21}
     assert plain.provenance["calibration"]["straight_through"] == {}
@@ -556,7 +566,7 @@ def test_kernels_that_lose_their_backward_with_the_first_reading_are_mended() ->
     for module in model.model.layers.modules():
         if type(module) is nn.Linear:
             module.__class__ = Packing
-    about = calibrate(kv, model, full, data(), settings=replace(QUICK, batch_size=8)).provenance["calibration"]
+    about = calibrate(kv, model, full, data(), config=replace(QUICK, batch_size=8)).provenance["calibration"]
     assert about["straight_through"] == {"Packing": 21}
     assert sum(about["losses"][-3:]) < 0.98 * sum(about["losses"][:3])
 
@@ -566,7 +576,7 @@ def test_where_no_gradient_can_be_had_the_backend_is_named() -> None:
     for layer in model.model.layers:
         layer.self_attn.o_proj = Opaque(layer.self_attn.o_proj)
     with pytest.raises(IntactKVError, match=r"no gradient reaches layers\.\d\.\w+ .*LlamaForCausalLM.*backends\.md"):
-        calibrate(kv, model, full, data(), settings=QUICK)
+        calibrate(kv, model, full, data(), config=QUICK)
 
 
 @pytest.mark.parametrize("activation_bits", [None, 8])
@@ -580,7 +590,7 @@ def test_checkpoints_by_llm_compressor_calibrate(tmp_path: Path, activation_bits
     method = RTN(3, 32, symmetric=False) if activation_bits is None else RTN(8, None, activation_bits=activation_bits)
     model = load_model(quantize(full, tmp_path / "q", method=method), dtype=torch.float32)
     kv = capture(full, PREFIX)
-    found = calibrate(kv, model, full, data(), settings=replace(QUICK, objective=BOTH, batch_size=8))
+    found = calibrate(kv, model, full, data(), config=replace(QUICK, objective=BOTH, batch_size=8))
     about = found.provenance["calibration"]
     assert about["straight_through"] == ({} if activation_bits is None else {"Linear": 14})
     if activation_bits is None:
@@ -596,10 +606,10 @@ def test_checkpoints_by_llm_compressor_calibrate(tmp_path: Path, activation_bits
 def test_blocks_that_drop_out_in_training_mode_are_not_checkpointed() -> None:
     full, model, kv = make_pair(by_name("opt"))
     assert model.config.dropout > 0
-    for settings in (replace(QUICK, checkpoint_blocks=True), replace(QUICK, activation_bytes=0)):
+    for config in (replace(QUICK, checkpoint_blocks=True), replace(QUICK, activation_bytes=0)):
         with pytest.raises(IntactKVError, match="checkpoint_blocks=False"):
-            calibrate(kv, model, full, data(), settings=settings)
-    found = calibrate(kv, model, full, data(), settings=QUICK)
+            calibrate(kv, model, full, data(), config=config)
+    found = calibrate(kv, model, full, data(), config=QUICK)
     assert found.provenance["calibration"]["steps"] == QUICK.steps
 
 
@@ -611,7 +621,7 @@ def test_curves_hold_every_step_and_take_back_what_a_resumed_run_repeats(trio: A
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     full, model, kv = trio
-    state, settings = tmp_path / "state", replace(QUICK, steps=6, check_every=4)
+    state, config = tmp_path / "state", replace(QUICK, steps=6, check_every=4)
 
     def stop(report: Any) -> None:
         draw(report)
@@ -619,9 +629,9 @@ def test_curves_hold_every_step_and_take_back_what_a_resumed_run_repeats(trio: A
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt), board(tmp_path / "curves") as draw:
-        calibrate(kv, model, full, data(), settings=settings, checkpoint=state, progress=stop)
+        calibrate(kv, model, full, data(), config=config, checkpoint=state, progress=stop)
     with board(tmp_path / "curves") as draw:
-        found = calibrate(kv, model, full, data(), settings=settings, checkpoint=state, progress=draw)
+        found = calibrate(kv, model, full, data(), config=config, checkpoint=state, progress=draw)
     events = EventAccumulator(str(tmp_path / "curves")).Reload()
     assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4, 5, 6]
     losses = found.provenance["calibration"]["losses"]
@@ -652,10 +662,10 @@ from dataclasses import replace
 from intactkv.calibrating import calibrate
 torch.set_num_threads(1)
 full, model, kv = make_pair(by_name("llama-gqa"))
-state_file, settings = Path({folder!r}, "state"), replace(QUICK, objective=BOTH)
-found = calibrate(kv, model, full, seen(), settings=settings, checkpoint=state_file)
+state_file, config = Path({folder!r}, "state"), replace(QUICK, objective=BOTH)
+found = calibrate(kv, model, full, seen(), config=config, checkpoint=state_file)
 found.save(Path({folder!r}, f"kv{{state.process_index}}"))
-mended = calibrate(kv, kernels(model), full, seen(), settings=replace(settings, steps=2))
+mended = calibrate(kv, kernels(model), full, seen(), config=replace(config, steps=2))
 assert mended.provenance["calibration"]["straight_through"] == {{"Kernel": 21}}  # in both, or they would part ways
 state.destroy_process_group()
 """
@@ -670,7 +680,7 @@ def test_two_processes_of_accelerate_give_what_one_gives(trio: Any, tmp_path: Pa
     )
     assert done.returncode == 0, done.stderr[-3000:]
     full, model, kv = trio
-    one = calibrate(kv, model, full, seen(), settings=replace(QUICK, objective=BOTH))
+    one = calibrate(kv, model, full, seen(), config=replace(QUICK, objective=BOTH))
     two, other = (IntactKV.load(tmp_path / f"kv{rank}") for rank in (0, 1))
     assert two.digest == other.digest
     assert one.provenance["calibration"]["adopted"]
@@ -698,10 +708,10 @@ def test_sums_are_made_where_the_group_can_make_them(backends: str, device: str,
 def test_a_gpu_calibrates_as_the_cpu_does(tmp_path: Path) -> None:
     """Also resumed, from a spool, and in a group of GPUs alone; the KV itself stays where it was."""
     full, model, kv = make_pair(by_name("llama-gqa"))
-    settings, found = replace(QUICK, objective=BOTH), {}
-    found["cpu"] = calibrate(kv, model, full, seen(), settings=settings)
+    config, found = replace(QUICK, objective=BOTH), {}
+    found["cpu"] = calibrate(kv, model, full, seen(), config=config)
     spooled = spool(full.cuda(), seen(), tmp_path / "spool", prefix=kv.ids, logits=True)
-    found["live"] = calibrate(kv, model.cuda(), full, seen(), settings=settings)
+    found["live"] = calibrate(kv, model.cuda(), full, seen(), config=config)
     state = tmp_path / "state"
 
     def stop(now: Report) -> None:
@@ -709,15 +719,15 @@ def test_a_gpu_calibrates_as_the_cpu_does(tmp_path: Path) -> None:
             raise InterruptedError
 
     with pytest.raises(InterruptedError):
-        calibrate(kv, model, full, seen(), settings=settings, checkpoint=state, progress=stop)
-    found["resumed"] = calibrate(kv, model, full, seen(), settings=settings, checkpoint=state)
-    found["spooled"] = calibrate(kv, model, spooled, seen(), settings=settings)
-    blocks = replace(settings, checkpoint_blocks=True)
-    found["checkpointed"] = calibrate(kv, model, full, seen(), settings=blocks)
+        calibrate(kv, model, full, seen(), config=config, checkpoint=state, progress=stop)
+    found["resumed"] = calibrate(kv, model, full, seen(), config=config, checkpoint=state)
+    found["spooled"] = calibrate(kv, model, spooled, seen(), config=config)
+    blocks = replace(config, checkpoint_blocks=True)
+    found["checkpointed"] = calibrate(kv, model, full, seen(), config=blocks)
     file = (tmp_path / "group").as_uri()
     torch.distributed.init_process_group("nccl", init_method=file, rank=0, world_size=1)
     try:
-        found["grouped"] = calibrate(kv, model, full, seen(), settings=settings)
+        found["grouped"] = calibrate(kv, model, full, seen(), config=config)
     finally:
         torch.distributed.destroy_process_group()
     losses = found["cpu"].provenance["calibration"]["losses"]

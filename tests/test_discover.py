@@ -17,7 +17,16 @@ from intactkv import IntactKVError
 from intactkv.checkpoint.load import load_model, load_tokenizer
 from intactkv.demo import MODEL, TEXT
 from intactkv.pivots import discover
-from intactkv.pivots.discover import MOST_TOKENS, TRIES, chosen, first_of_chat, opening, pieces, search, shortest_prefix
+from intactkv.pivots.discover import (
+    MOST_TOKENS,
+    TRIES,
+    first_of_chat,
+    opening,
+    pieces,
+    prefix_of,
+    search,
+    shortest_prefix,
+)
 
 Left = Callable[[Sequence[int]], Counter[int]]
 
@@ -35,7 +44,7 @@ def text_with(pivots: dict[int, int], *, start: int | None = None) -> Left:
 
 
 def result(left: Left, *, start: int | None = None, first: int | None = None) -> list[int]:
-    return chosen(shortest_prefix(left, start=start, first=first))
+    return prefix_of(shortest_prefix(left, start=start, first=first))
 
 
 @given(pivots=st.dictionaries(st.integers(5, 60), st.integers(1, 9), min_size=1, max_size=6))
@@ -90,7 +99,7 @@ def test_the_number_of_measurements_is_bounded(seed: int) -> None:
 
 def test_the_planted_pivot_is_found_and_no_more() -> None:
     ids = torch.randint(8, 97, (6, 40), generator=torch.Generator().manual_seed(3))
-    assert chosen(search(planted(), ids, start=BOS)) == [BOS]
+    assert prefix_of(search(planted(), ids, start=BOS)) == [BOS]
     trials = search(build(by_name("llama-gqa")), ids, start=BOS)
     assert len(trials) == 1
     assert trials[0].pivots == 0
@@ -101,9 +110,9 @@ def test_a_positional_pivot_of_a_model_without_bos() -> None:
     with torch.no_grad():
         model.model.decoder.embed_positions.weight[2, 5] = 200.0  # OPT's position 0
     ids = torch.randint(8, 97, (6, 40), generator=torch.Generator().manual_seed(3))
-    (token,) = chosen(search(model, ids))
+    (token,) = prefix_of(search(model, ids))
     assert token in ids[:, 0].tolist()
-    assert chosen(search(model, ids, chat=90)) == [90]
+    assert prefix_of(search(model, ids, chat=90)) == [90]
 
 
 def test_the_embedded_models_prefix_is_bos() -> None:

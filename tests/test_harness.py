@@ -28,7 +28,7 @@ from intactkv.doctor.simulate import rounded_model
 from intactkv.harness.command import compare_arms, lm_eval
 from intactkv.harness.compare import compare, read_samples, rows
 from intactkv.harness.model import IntactLM
-from intactkv.harness.tasks import TASKS, write_tasks
+from intactkv.harness.tasks import write_tasks
 
 PAIRS = [
     ("The river rises in", " the mountains and"),
@@ -161,35 +161,43 @@ def test_what_would_begin_otherwise_is_refused(full: Any, tokenizer: Any) -> Non
         IntactLM(full)
 
 
+TASKS = ["arc_easy", "arc_hub", "boolq", "c4_sample", "lambada", "wikitext2_raw", "winogrande"]
+
+
 def write_data(folder: Path) -> None:
-    """A few items of each known file, in its schema."""
-    choice = [
-        {"query": f"Question: what is {i}?", "choices": ["one", "two", "three", "four"], "gold": i % 4}
+    """A few items of each schema, a text, MMLU, and a file that is no task."""
+    choices = ["one", "two", "three", "four"]
+    ours = [{"query": f"Question: what is {i}?", "choices": choices, "gold": i % 4} for i in range(4)]
+    hub = [
+        {"question": f"what is {i}?", "choices": {"text": choices, "label": [*"ABCD"]}, "answerKey": "ABCD"[i % 4]}
         for i in range(4)
     ]
-    for name in TASKS:
-        if name.endswith(".jsonl"):
-            rows: list[dict[str, Any]] = choice
-            if name.startswith("lambada"):
-                rows = [{"context": f"The word is {w} and {w} and", "continuation": w} for w in ("red", "sea", "one")]
-            elif name.startswith("winogrande"):
-                rows = [{"context_options": ["The cat", "The dog"], "continuation": "sat.", "gold": i} for i in (0, 1)]
-            elif name.startswith("c4"):
-                rows = [{"text": "The river rises in the mountains."}, {"text": "She was born in 1931."}]
-            (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
-        else:
-            (folder / name).write_text(" = Title = \n\n The river rises in the mountains .\n")
+    files: dict[str, list[dict[str, Any]]] = {
+        "arc_easy": ours,
+        "arc hub": hub,
+        "boolq": [{"query": "Passage: red\nQuestion: is it?", "choices": ["no", "yes"], "gold": i} for i in (0, 1)],
+        "c4_sample": [{"text": "The river rises in the mountains."}, {"text": "She was born in 1931."}],
+        "lambada": [{"context": f"The word is {w} and {w} and", "continuation": w} for w in ("red", "sea", "one")],
+        "winogrande": [{"context_options": ["The cat", "The dog"], "continuation": "sat.", "gold": i} for i in (0, 1)],
+        "mt_bench": [{"question_id": 81, "turns": ["Write.", "Again."]}],
+    }
+    for name, items in files.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    (folder / "wikitext2-raw.txt").write_text(" = Title = \n\n The river rises in the mountains .\n")
     for split in ("dev", "test"):
         (folder / "mmlu" / split).mkdir(parents=True)
         with (folder / "mmlu" / split / f"marketing_{split}.csv").open("w", newline="") as file:
             csv.writer(file).writerows([[f"What, {i}?", "NA", "yes", "no", "maybe", "ABCD"[i % 4]] for i in range(6)])
 
 
-def test_every_local_task_runs_in_three_arms_and_is_compared(full: Any, tokenizer: Any, tmp_path: Path) -> None:
+def test_every_local_task_runs_in_three_arms_and_is_compared(
+    full: Any, tokenizer: Any, tmp_path: Path, caplog: Any
+) -> None:
     (tmp_path / "data").mkdir()
     write_data(tmp_path / "data")
     names = write_tasks(tmp_path / "data", tmp_path / "tasks")
-    assert len(names) == len(TASKS) + 1
+    assert sorted(names) == sorted(f"{name}_local" for name in [*TASKS, "mmlu"])
+    assert "mt_bench.jsonl is left out: it has rows with the fields question_id, turns" in caplog.text
     manager = TaskManager(include_path=str(tmp_path / "tasks"), include_defaults=False)
     kv = capture(full, bos(tokenizer))
     arms = {"full": (kv, False), "own": (kv, False), "intact": (other(kv), True)}
@@ -204,11 +212,11 @@ def test_every_local_task_runs_in_three_arms_and_is_compared(full: Any, tokenize
             (tmp_path / arm / f"samples_{task}_2026-11-24T00-00-00.000000.jsonl").write_text(lines)
     assert "NA" in result["samples"]["mmlu_marketing_local"][0]["arguments"][0][0]  # not read as a missing value
     found = {(one.task, one.metric): one for one in compare(tmp_path / "full", tmp_path / "own", tmp_path / "intact")}
-    assert {task for task, _ in found} == {task["task"] for task in TASKS.values()} | {"mmlu_marketing_local"}
+    assert {task for task, _ in found} == {f"{name}_local" for name in [*TASKS, "mmlu_marketing"]}
     for one in found.values():
         assert one.full == one.own
         assert one.recovered is None
-    assert found["c4_local", "log-likelihood"].gain.value != 0
+    assert found["c4_sample_local", "log-likelihood"].gain.value != 0
     compare_arms(
         *(tmp_path / arm for arm in arms), console=Console(), out=tmp_path / "c.json", markdown=tmp_path / "c.md"
     )
@@ -259,9 +267,12 @@ def test_arc_in_the_hubs_own_schema_is_read_and_another_is_refused(full: Any, to
         scores.append([(sample["resps"], sample["target"]) for sample in found["samples"]["arc_easy_local"]])
     assert [str(one[0]) for one in scores[0]] == [str(one[0]) for one in scores[1]]
     assert [int(one[1]) for one in scores[0]] == [int(one[1]) for one in scores[1]]
-    (tmp_path / "hub" / "boolq.jsonl").write_text('{"question": "x", "passage": "y", "answer": true}')
+    (tmp_path / "hub" / "boolq.jsonl").write_text('{"text": "x"}\n{"question": "x", "passage": "y", "answer": true}')
     with pytest.raises(IntactKVError, match=r"boolq\.jsonl has a row with the fields question, passage, answer"):
         write_tasks(tmp_path / "hub", tmp_path / "tasks")
+    (tmp_path / "none").mkdir()
+    with pytest.raises(IntactKVError, match="holds no task"):
+        write_tasks(tmp_path / "none", tmp_path / "tasks")
 
 
 def test_one_response_cache_serves_every_arm_its_own_answers(
@@ -355,5 +366,5 @@ def test_flips_mcnemar_and_recovery(tmp_path: Path) -> None:
 
 
 def test_no_known_file_is_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(IntactKVError, match="holds none of lambada_openai"):
+    with pytest.raises(IntactKVError, match="holds no task; give a folder with mmlu"):
         write_tasks(tmp_path, tmp_path / "out")

@@ -22,7 +22,7 @@ from intactkv.mtbench.files import judgment_path
 from intactkv.mtbench.judge import Endpoint, judge, rating
 from intactkv.mtbench.prompts import KINDS, OURS, read_prompts
 from intactkv.mtbench.questions import Question, read_questions
-from intactkv.mtbench.scores import bootstrap, read_grades, rows_of, summarize
+from intactkv.mtbench.scores import read_grades, rows_of, summarize
 
 pytest.importorskip("openai")
 
@@ -315,9 +315,12 @@ def test_intervals_of_the_bootstrap_cover_as_often_as_they_say() -> None:
     import torch
 
     generator, inside = torch.Generator().manual_seed(0), 0
+    asked = [Question(i, "writing", ("?",), 0.7) for i in range(80)]
     for trial in range(200):
-        found = bootstrap(torch.randn(80, generator=generator, dtype=torch.float64) + 1, resamples=400, seed=trial)
-        inside += found.low <= 1 <= found.high
+        values = torch.randn(80, generator=generator, dtype=torch.float64) + 1
+        grades = {"a": dict.fromkeys(range(80), (0.0,)), "b": {i: (float(v),) for i, v in enumerate(values)}}
+        found = summarize(grades, asked, resamples=400, seed=trial)["pairs"][0]["difference"]["all"]
+        inside += found["low"] <= 1 <= found["high"]
     assert 0.90 <= inside / 200 <= 0.99
 
 

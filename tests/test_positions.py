@@ -13,7 +13,7 @@ from test_control import CONTROL
 from transformers import BloomConfig, LlamaConfig
 
 from intactkv import IntactKVError, capture
-from intactkv.calibrating import Sample, Samples, Settings, calibrate, split
+from intactkv.calibrating import CalibrationConfig, Sample, Samples, calibrate, split
 from intactkv.checkpoint.load import load_model, load_tokenizer
 from intactkv.demo import MODEL, TEXT
 from intactkv.evaluating import Arm, evaluate, prefixed_windows
@@ -75,7 +75,7 @@ def test_every_door_refuses_what_is_longer(short: Any) -> None:
     learned = torch.arange(33) >= len(PREFIX)
     data = split(Samples(tuple(Sample(row, learned) for row in ids), "here"), held_out=3)
     with pytest.raises(IntactKVError, match=f"sample 0 of here {message}"):
-        calibrate(kv, short, short, data, settings=Settings(steps=1))
+        calibrate(kv, short, short, data, config=CalibrationConfig(steps=1))
     with pytest.raises(IntactKVError, match=r"the prompt with what is generated takes 34 positions"):
         continuation(short, load_tokenizer(MODEL), ids[:1, :20], max_new_tokens=14)
     pytest.importorskip("llmcompressor")

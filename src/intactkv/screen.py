@@ -43,7 +43,7 @@ def working(console: Console, what: str, *, above: bool = True) -> Iterator[Show
         errors, began = Screen(stderr=True, quiet=console.quiet), time.monotonic()
         last = began
 
-        def tell(done: int, total: int | None, text: str | None = None) -> None:
+        def update(done: int, total: int | None, text: str | None = None) -> None:
             nonlocal last
             now = time.monotonic()
             if now - last >= _EVERY:
@@ -51,7 +51,7 @@ def working(console: Console, what: str, *, above: bool = True) -> Iterator[Show
                 of = "" if total is None else f" of {total}"
                 errors.print(f"{text or what}: {done}{of}, {now - began:.0f} s", highlight=False, markup=False)
 
-        yield tell
+        yield update
         return
     with Progress(console=console, transient=True, redirect_stdout=above, redirect_stderr=above) as bar:
         task = bar.add_task(what, total=None)

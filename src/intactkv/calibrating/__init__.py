@@ -3,16 +3,16 @@
 from intactkv.calibrating.conversations import conversation_samples
 from intactkv.calibrating.objective import Objective
 from intactkv.calibrating.samples import Sample, Samples, Split, split, text_samples
-from intactkv.calibrating.step import Settings
-from intactkv.calibrating.targets import Spool, spool, spool_bytes
+from intactkv.calibrating.spool import Spool, spool, spool_bytes
+from intactkv.calibrating.step import CalibrationConfig
 from intactkv.calibrating.train import Report, calibrate
 
 __all__ = [
+    "CalibrationConfig",
     "Objective",
     "Report",
     "Sample",
     "Samples",
-    "Settings",
     "Split",
     "Spool",
     "calibrate",

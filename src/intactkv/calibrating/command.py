@@ -18,8 +18,8 @@ from intactkv.calibrating.conversations import conversation_samples
 from intactkv.calibrating.objective import Objective
 from intactkv.calibrating.processes import is_main, wait
 from intactkv.calibrating.samples import Split, split, text_samples
-from intactkv.calibrating.step import Settings
-from intactkv.calibrating.targets import Spool, spool, spool_bytes
+from intactkv.calibrating.spool import Spool, spool, spool_bytes
+from intactkv.calibrating.step import CalibrationConfig
 from intactkv.calibrating.train import Report, calibrate
 from intactkv.checkpoint.load import load_model_on, load_tokenizer
 from intactkv.error import IntactKVError
@@ -55,14 +55,14 @@ class Places:
 
 
 def run(
-    model: str, full: str, kv: IntactKV, *, data: Data, settings: Settings, places: Places, console: Console
+    model: str, full: str, kv: IntactKV, *, data: Data, config: CalibrationConfig, places: Places, console: Console
 ) -> IntactKV:
     """Calibrate `kv` for `model` from the command line's arguments."""
     device = _process() or places.device
     console = console if is_main() else Screen(quiet=True)
     curves: Any = board(places.tensorboard) if places.tensorboard is not None and is_main() else nullcontext()
     parts = _samples(data, full, kv, console)
-    goal: dict[str, bool] = {"blocks": settings.objective.blocks > 0, "logits": settings.objective.kl > 0}
+    goal: dict[str, bool] = {"blocks": config.objective.blocks > 0, "logits": config.objective.kl > 0}
     targets: PreTrainedModel | Spool
     if places.spool is None:
         with console.status(f"loading {full}"):
@@ -74,15 +74,15 @@ def run(
         targets = Spool(places.spool)
     with console.status(f"loading {model}"):
         quantized = load_model_on(model, device, dtype=places.dtype)
-    with curves as draw, working(console, "calibrating") as tell:
+    with curves as draw, working(console, "calibrating") as update:
 
         def show(now: Report) -> None:
             text = f"loss {now.loss:.4g}, held-out KL {now.kl:.4f}, {now.seconds_left:.0f} s left"
-            tell(now.step, settings.steps, text)
+            update(now.step, config.steps, text)
             if draw is not None:
                 draw(now)
 
-        found = calibrate(kv, quantized, targets, parts, settings=settings, checkpoint=places.checkpoint, progress=show)
+        found = calibrate(kv, quantized, targets, parts, config=config, checkpoint=places.checkpoint, progress=show)
     for sentence in sentences(found.provenance["calibration"]):
         console.print(sentence, highlight=False)
     return found

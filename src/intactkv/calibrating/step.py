@@ -27,7 +27,7 @@ from intactkv.error import IntactKVError
 
 
 @dataclass(frozen=True)
-class Settings:
+class CalibrationConfig:
     """How to calibrate. The defaults for the paper's objective are the paper's, as far as it has them.
 
     `learning_rate` None is the paper's 2e-4 for its objective, and 1e-2 where KL is learned from. With `decay` it falls
@@ -88,49 +88,47 @@ def with_tensors(kv: IntactKV, tensors: dict[str, Tensor]) -> IntactKV:
     return replace(kv, layers=layers)
 
 
-def order(count: int, step: int, settings: Settings) -> list[int]:
+def order(count: int, step: int, config: CalibrationConfig) -> list[int]:
     """The samples of a step: the next `batch_size` of one shuffle after the other, each drawn from seed and number."""
     found = []
-    for place in range(step * settings.batch_size, (step + 1) * settings.batch_size):
-        generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + place // count)
+    for place in range(step * config.batch_size, (step + 1) * config.batch_size):
+        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + place // count)
         found.append(int(torch.randperm(count, generator=generator)[place % count]))
     return found
 
 
 def step_(
     state: State, kv: IntactKV, model: PreTrainedModel, targets: Targets, rows: Sequence[Sample],
-    settings: Settings,
+    config: CalibrationConfig,
 ) -> float:  # fmt: skip
     """One step of AdamW on `rows`; the loss before it."""
-    loss = gradients_(state.tensors, kv, model, targets, rows, settings)
-    norm = torch.nn.utils.clip_grad_norm_(state.tensors.values(), settings.clip)
+    loss = gradients_(state.tensors, kv, model, targets, rows, config)
+    norm = torch.nn.utils.clip_grad_norm_(state.tensors.values(), config.clip)
     if not (math.isfinite(loss) and math.isfinite(norm.item())):
         raise IntactKVError(
             f"the loss of step {state.step + 1} is {loss} and its gradient's norm {norm.item()}; a checkpoint, if one "
             "is kept, holds the last good step: use a smaller learning rate, or load the model in bfloat16 or float32"
         )
     for group in state.optimizer.param_groups:
-        group["lr"] = settings.rate(state.step)
+        group["lr"] = config.rate(state.step)
     state.optimizer.step()
     return loss
 
 
 def gradients_(
     tensors: dict[str, Tensor], kv: IntactKV, model: PreTrainedModel, targets: Targets, rows: Sequence[Sample],
-    settings: Settings,
+    config: CalibrationConfig,
 ) -> float:  # fmt: skip
     """Leave the gradient of the loss over `rows`, summed over all processes, on the tensors; the loss."""
-    prefix, goal = kv.ids.cpu(), settings.objective
-    batches = [list(rows[i : i + settings.micro_batch]) for i in range(0, len(rows), settings.micro_batch)]
+    prefix, goal = kv.ids.cpu(), config.objective
+    batches = [list(rows[i : i + config.micro_batch]) for i in range(0, len(rows), config.micro_batch)]
     whole = batched(rows, prefix=prefix)
     weights = (goal.blocks / max(1, int(whole.learned.sum())), goal.kl / max(1, int(whole.predicting.sum())))
     total = torch.zeros((), dtype=torch.float64)
     for tensor in tensors.values():
         tensor.grad = None
     for part in share(batches):
-        loss = backward_(
-            with_tensors(kv, tensors), model, targets, part, goal, weights, bool(settings.checkpoint_blocks)
-        )
+        loss = backward_(with_tensors(kv, tensors), model, targets, part, goal, weights, bool(config.checkpoint_blocks))
         total += loss
     gradients = [torch.zeros_like(t) if t.grad is None else t.grad for t in tensors.values()]
     if grouped():

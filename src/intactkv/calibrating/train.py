@@ -27,13 +27,13 @@ from intactkv.attaching.handle import attach
 from intactkv.calibrating.activations import activations_fit
 from intactkv.calibrating.backward import backend_name, checkpointing, frozen, straight_through
 from intactkv.calibrating.judge import held_out_metrics, verdict_of
-from intactkv.calibrating.keep import Kept
 from intactkv.calibrating.outputs import batched, outputs
 from intactkv.calibrating.processes import grouped, is_main, wait
 from intactkv.calibrating.samples import Split
+from intactkv.calibrating.spool import Kept, Spool
 from intactkv.calibrating.state import State, load_state_, save_state
-from intactkv.calibrating.step import Settings, backward_, order, step_, with_tensors
-from intactkv.calibrating.targets import Live, Spool, Targets
+from intactkv.calibrating.step import CalibrationConfig, backward_, order, step_, with_tensors
+from intactkv.calibrating.targets import Live, Targets
 from intactkv.error import IntactKVError
 from intactkv.files import json_data
 from intactkv.positions import check_positions
@@ -59,7 +59,7 @@ def calibrate(
     full: PreTrainedModel | Spool,
     data: Split,
     *,
-    settings: Settings | None = None,
+    config: CalibrationConfig | None = None,
     checkpoint: Path | None = None,
     progress: Callable[[Report], None] | None = None,
 ) -> IntactKV:
@@ -76,20 +76,20 @@ def calibrate(
     Raises `IntactKVError` for samples that do not begin with the prefix, a model whose keys and values are not
     `kv`'s, one through which no gradient comes, a loss that is not finite, and a checkpoint that cannot be written.
     """
-    settings = settings or Settings()
+    config = config or CalibrationConfig()
     targets: Targets = full if isinstance(full, Spool) else Live(full, kv.ids.cpu())
-    _check(kv, model, data, settings)
-    identity = _identity(kv, model, targets, data, settings)
+    _check(kv, model, data, config)
+    identity = _identity(kv, model, targets, data, config)
     job = _job(identity)
-    state = _start(kv, model, settings)
+    state = _start(kv, model, config)
     if checkpoint is not None and checkpoint.exists():
         load_state_(state, checkpoint, job=job)
     with ExitStack() as stack:
-        if isinstance(targets, Live) and targets.full.device.type == "cpu" and settings.keep_bytes:
-            targets = stack.enter_context(closing(Kept(targets, most_bytes=settings.keep_bytes)))
+        if isinstance(targets, Live) and targets.full.device.type == "cpu" and config.keep_bytes:
+            targets = stack.enter_context(closing(Kept(targets, most_bytes=config.keep_bytes)))
         with frozen(model), ExitStack() as training:
-            settings, mended = _settled(training, kv, model, targets, data, settings)
-            _train_(state, kv, model, targets, data, settings, _Keeper(checkpoint, job), progress)
+            config, mended = _settled(training, kv, model, targets, data, config)
+            _train_(state, kv, model, targets, data, config, _Keeper(checkpoint, job), progress)
         trained = _with(kv, state.best, model)
         arms = {
             name: held_out_metrics(model, arm, targets, data.judge, kv.ids.cpu())
@@ -100,7 +100,7 @@ def calibrate(
         **identity,
         "skipped": {reason: len(names) for reason, names in data.train.skipped.items()},
         "straight_through": mended,
-        "checkpointed": settings.checkpoint_blocks,
+        "checkpointed": config.checkpoint_blocks,
         "steps": state.step,
         "best_step": state.best_step,
         "readings": state.readings,
@@ -110,7 +110,7 @@ def calibrate(
     return replace(trained if verdict["adopted"] else kv, provenance={**kv.provenance, "calibration": about})
 
 
-def _check(kv: IntactKV, model: PreTrainedModel, data: Split, settings: Settings) -> None:
+def _check(kv: IntactKV, model: PreTrainedModel, data: Split, config: CalibrationConfig) -> None:
     prefix, vocab = kv.ids.cpu(), model.config.get_text_config(decoder=True).vocab_size
     for part in (data.train, data.choose, data.judge):
         for i, row in enumerate(part.rows):
@@ -124,19 +124,19 @@ def _check(kv: IntactKV, model: PreTrainedModel, data: Split, settings: Settings
                 raise IntactKVError(f"sample {i} of {part.source} has ids outside the vocabulary of {vocab}")
             if not bool(batched([row], prefix=prefix).predicting.any()):
                 raise IntactKVError(f"sample {i} of {part.source} has nothing to learn after the prefix; leave it out")
-    missing = sorted(set(settings.layers or ()) - set(kv.layers))
-    if missing or settings.layers == ():
-        raise IntactKVError(f"layers={settings.layers} are not all in the intact KV; it has {sorted(kv.layers)}")
+    missing = sorted(set(config.layers or ()) - set(kv.layers))
+    if missing or config.layers == ():
+        raise IntactKVError(f"layers={config.layers} are not all in the intact KV; it has {sorted(kv.layers)}")
     if model.training:
         raise IntactKVError("the model is in training mode; call model.eval() first")
     with attach(model, kv):  # refuses foreign models and attached ones
         pass
 
 
-def _identity(kv: IntactKV, model: PreTrainedModel, targets: Targets, data: Split, settings: Settings) -> Any:
+def _identity(kv: IntactKV, model: PreTrainedModel, targets: Targets, data: Split, config: CalibrationConfig) -> Any:
     """All that decides the result but the number of processes, as JSON data."""
     found = {
-        "settings": asdict(settings),
+        "settings": asdict(config),
         "data": {
             name: {"source": part.source, "samples": len(part), "learned_tokens": part.tokens, "digest": part.digest}
             for name, part in (("train", data.train), ("choose", data.choose), ("judge", data.judge))
@@ -155,16 +155,16 @@ def _job(identity: Any) -> str:
     return hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()
 
 
-def _start(kv: IntactKV, model: PreTrainedModel, settings: Settings) -> State:
+def _start(kv: IntactKV, model: PreTrainedModel, config: CalibrationConfig) -> State:
     """Step 0: the tensors to train, in float32 at least, on the device of the model."""
     tensors = {}
-    for i in kv.layers if settings.layers is None else settings.layers:
+    for i in kv.layers if config.layers is None else config.layers:
         for part, tensor in zip(("key", "value"), kv.layers[i], strict=True):
-            if part in settings.parts:
+            if part in config.parts:
                 dtype = torch.promote_types(torch.promote_types(tensor.dtype, model.dtype), torch.float32)
                 tensors[f"layers.{i}.{part}"] = tensor.detach().to(model.device, dtype, copy=True).requires_grad_()
     # no weight decay: it would pull keys and values to zero, which is nothing they should be near
-    optimizer = torch.optim.AdamW(tensors.values(), lr=settings.rate(0), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(tensors.values(), lr=config.rate(0), weight_decay=0.0)
     return State(tensors, optimizer, {name: tensor.detach().clone() for name, tensor in tensors.items()})
 
 
@@ -177,21 +177,21 @@ def _with(kv: IntactKV, tensors: dict[str, Tensor], model: PreTrainedModel) -> I
 
 
 def _settled(
-    stack: ExitStack, kv: IntactKV, model: PreTrainedModel, targets: Targets, data: Split, settings: Settings
-) -> tuple[Settings, dict[str, int]]:
-    """The settings with it decided whether blocks are checkpointed, and the kernels mended while `stack` is open."""
-    rows = sorted(data.train.rows, key=lambda row: len(row.ids))[-settings.micro_batch :]
-    own = with_tensors(kv, _start(kv, model, settings).tensors)
+    stack: ExitStack, kv: IntactKV, model: PreTrainedModel, targets: Targets, data: Split, config: CalibrationConfig
+) -> tuple[CalibrationConfig, dict[str, int]]:
+    """The config with it decided whether blocks are checkpointed, and the kernels mended while `stack` is open."""
+    rows = sorted(data.train.rows, key=lambda row: len(row.ids))[-config.micro_batch :]
+    own = with_tensors(kv, _start(kv, model, config).tensors)
     with (
         torch.no_grad()
     ):  # as every reading does: bitsandbytes' nf4 then packs its weights and has no backward any more
         outputs(model, batched(rows, prefix=kv.ids.cpu()), blocks=False, logits=True)
 
-    def decided() -> Settings:
-        if settings.checkpoint_blocks is not None:
-            return settings
-        fits = activations_fit(own, model, rows, settings.objective, most_bytes=settings.activation_bytes)
-        return replace(settings, checkpoint_blocks=not fits)
+    def decided() -> CalibrationConfig:
+        if config.checkpoint_blocks is not None:
+            return config
+        fits = activations_fit(own, model, rows, config.objective, most_bytes=config.activation_bytes)
+        return replace(config, checkpoint_blocks=not fits)
 
     found = decided()
     mended = _let_gradients_through(stack, kv, model, targets, data, found)
@@ -203,15 +203,15 @@ def _settled(
 
 
 def _let_gradients_through(
-    stack: ExitStack, kv: IntactKV, model: PreTrainedModel, targets: Targets, data: Split, settings: Settings
+    stack: ExitStack, kv: IntactKV, model: PreTrainedModel, targets: Targets, data: Split, config: CalibrationConfig
 ) -> dict[str, int]:
     """See that a gradient reaches every trained layer, if need be by mending kernels while `stack` is open."""
 
     def unreached() -> tuple[list[str], str]:  # every process looks for itself, so that all find the same
-        state, row = _start(kv, model, settings), [data.train.rows[0]]
+        state, row = _start(kv, model, config), [data.train.rows[0]]
         try:
             own = with_tensors(kv, state.tensors)
-            backward_(own, model, targets, row, settings.objective, (1.0, 1.0), bool(settings.checkpoint_blocks))
+            backward_(own, model, targets, row, config.objective, (1.0, 1.0), bool(config.checkpoint_blocks))
         except RuntimeError as error:  # "does not require grad", "derivative for … is not implemented"
             return list(state.tensors), f" ({str(error).splitlines()[0]})"
         return [name for name, t in state.tensors.items() if t.grad is None or not bool(t.grad.any())], ""
@@ -245,26 +245,26 @@ def _refuse_noise(kv: IntactKV, model: PreTrainedModel, data: Split) -> None:
 
 
 def _train_(
-    state: State, kv: IntactKV, model: PreTrainedModel, targets: Targets, data: Split, settings: Settings,
+    state: State, kv: IntactKV, model: PreTrainedModel, targets: Targets, data: Split, config: CalibrationConfig,
     keep: _Keeper, progress: Callable[[Report], None] | None,
 ) -> None:  # fmt: skip
     """Step until the steps are done or held-out KL has stopped falling."""
     began, first = monotonic(), state.step
     if not state.readings:
         _read_(state, kv, model, targets, data)
-    while state.step < settings.steps and not state.stopped(settings.patience):
-        rows = [data.train.rows[i] for i in order(len(data.train), state.step, settings)]
-        state.losses.append(step_(state, kv, model, targets, rows, settings))
+    while state.step < config.steps and not state.stopped(config.patience):
+        rows = [data.train.rows[i] for i in order(len(data.train), state.step, config)]
+        state.losses.append(step_(state, kv, model, targets, rows, config))
         state.step += 1
-        if state.step % settings.check_every == 0 or state.step == settings.steps:
+        if state.step % config.check_every == 0 or state.step == config.steps:
             _read_(state, kv, model, targets, data)
             keep.now(state)
         else:
             keep.sometimes(state)
         if progress is not None:
             each = (monotonic() - began) / (state.step - first)
-            left = each * (settings.steps - state.step)
-            progress(Report(state.step, settings.steps, state.losses[-1], state.readings[-1][1], left))
+            left = each * (config.steps - state.step)
+            progress(Report(state.step, config.steps, state.losses[-1], state.readings[-1][1], left))
 
 
 def _read_(state: State, kv: IntactKV, model: PreTrainedModel, targets: Targets, data: Split) -> None:

@@ -43,7 +43,7 @@ def calibrate_command(
 ) -> None:
     """Train the intact KV to absorb what is left of MODEL's quantization error; keep it only if that helps."""
     from intactkv.artifact import IntactKV
-    from intactkv.calibrating import Settings
+    from intactkv.calibrating import CalibrationConfig
     from intactkv.calibrating import command as calibration
     from intactkv.calibrating.processes import is_main
     from intactkv.capturing.live import check_tokenizer
@@ -60,7 +60,7 @@ def calibrate_command(
     found = calibration.run(
         model, full, artifact,
         data=calibration.Data(data, samples, held_out, length, seed, system),
-        settings=Settings(
+        config=CalibrationConfig(
             objective=calibration.OBJECTIVES[objective], learning_rate=learning_rate, steps=steps, seed=seed,
             batch_size=batch_size, checkpoint_blocks=checkpoint_blocks,
             parts=("value",) if values_only else ("key", "value"),

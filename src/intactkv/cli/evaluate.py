@@ -63,5 +63,5 @@ def eval_command(
         models, full, kv,
         protocol=evaluation.Protocol(data, window, paper, windows, batch_size, device, dtype, bare),
         cache=None if cache is None else evaluation.Cache(cache, top, cache_bytes),
-        outputs=evaluation.Outputs(out, markdown), console=console,
+        outputs=evaluation.OutputFiles(out, markdown), console=console,
     )  # fmt: skip

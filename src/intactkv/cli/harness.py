@@ -25,7 +25,7 @@ def tasks_command(
     data: Annotated[Path, typer.Argument(help="A folder with test sets as files.", metavar="DATA")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder for the task files.", metavar="DIR")],
 ) -> None:
-    """Write lm-eval tasks that read the files in DATA: LAMBADA, ARC, MMLU, WikiText-2, …"""
+    """Write lm-eval tasks that read the files in DATA: each .txt, .jsonl of a known schema, and mmlu."""
     from intactkv.harness.command import tasks
 
     tasks(data, out, console)

@@ -1,8 +1,8 @@
 """Measure what an intact prefix gives back: three arms, per-token metrics, paired intervals."""
 
+from intactkv.evaluating.bootstrap import Interval, bootstrap
 from intactkv.evaluating.compare import Arm, Evaluation, evaluate, three_arms
 from intactkv.evaluating.metrics import (
-    Interval,
     TokenMetrics,
     difference_statistic,
     full_metrics,
@@ -22,6 +22,7 @@ __all__ = [
     "Interval",
     "TokenMetrics",
     "Windows",
+    "bootstrap",
     "decide",
     "difference_statistic",
     "evaluate",

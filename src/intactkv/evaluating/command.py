@@ -56,7 +56,7 @@ class Cache:
 
 
 @dataclass(frozen=True)
-class Outputs:
+class OutputFiles:
     """The files to write: all figures as JSON, one row for each model as Markdown ("-": print it)."""
 
     json: Path | None
@@ -79,8 +79,8 @@ class Quantized:
 
 
 def run(
-    models: Sequence[str], full: str, kvs: Sequence[Path], *, protocol: Protocol, cache: Cache | None, outputs: Outputs,
-    console: Console,
+    models: Sequence[str], full: str, kvs: Sequence[Path], *, protocol: Protocol, cache: Cache | None,
+    outputs: OutputFiles, console: Console,
 ) -> None:  # fmt: skip
     """Compare every quantized model with the full one, from the command line's arguments."""
     quantized = _quantized(models, kvs)

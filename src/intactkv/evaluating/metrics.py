@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from math import nan
+from functools import partial
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from intactkv.error import IntactKVError
+from intactkv.evaluating.bootstrap import Interval, bootstrap
 
 # Elements of one (token, vocab) working copy, whatever the batch, window or vocabulary: 4 MiB in float32, which a
 # processor's cache holds, and 64 times that on a GPU, where each chunk costs some thirty kernels however small it is.
@@ -52,15 +53,6 @@ class TokenMetrics:
         """Several measurements one after the other, along the first axis."""
         names = vars(parts[0])
         return TokenMetrics(**{name: torch.cat([vars(part)[name] for part in parts]) for name in names})
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A measured value and the ends of its 95 % confidence interval, in the value's unit."""
-
-    value: float
-    low: float
-    high: float
 
 
 # Maps arms (TokenMetrics of shape (window, length)) and how often each window was drawn, an integer tensor
@@ -206,14 +198,9 @@ def paired_bootstrap(
 
     Raises `IntactKVError` where arms are missing, or were not measured on the same tokens, or `resamples` is
     below 1.
-
-    Source: the percentile interval of Efron, "Bootstrap methods: another look at the jackknife", Annals of
-    Statistics 1979.
     """
     if not arms:
         raise IntactKVError("no arm was given; pass the TokenMetrics of at least one")
-    if resamples < 1:
-        raise IntactKVError(f"resamples={resamples} is too few; use 1 or more, 1000 for a 95 % interval")
     if arms[0].kl.ndim != 2:
         raise IntactKVError(
             f"an arm has shape {tuple(arms[0].kl.shape)}; it must be (window, length), since windows are resampled"
@@ -221,17 +208,7 @@ def paired_bootstrap(
     for arm in arms[1:]:
         if arm.kl.shape != arms[0].kl.shape or not torch.equal(arm.scored, arms[0].scored):
             raise IntactKVError("the arms do not score the same tokens; pair only arms of one evaluation")
-    windows = len(arms[0].kl)
-    point = statistic(*arms, torch.ones(1, windows, dtype=torch.int64))
-    if windows == 1:
-        return {name: Interval(value.item(), nan, nan) for name, value in point.items()}
-    draws = torch.randint(windows, (resamples, windows), generator=generator)
-    counts = torch.zeros_like(draws).scatter_add_(1, draws, torch.ones_like(draws))
-    ends = torch.tensor([0.025, 0.975], dtype=torch.float64)
-    return {
-        name: Interval(point[name].item(), *values.quantile(ends).tolist())
-        for name, values in statistic(*arms, counts).items()
-    }
+    return bootstrap(partial(statistic, *arms), len(arms[0].kl), generator=generator, resamples=resamples)
 
 
 def _resampled_quantiles(

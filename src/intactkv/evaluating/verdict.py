@@ -17,7 +17,7 @@ from __future__ import annotations
 from math import isfinite
 from typing import Literal
 
-from intactkv.evaluating.metrics import Interval
+from intactkv.evaluating.bootstrap import Interval
 
 WORTH_IT = 0.02
 BROKEN = 10.0  # log 10 = 2.3 nats worse for every token

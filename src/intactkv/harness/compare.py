@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import torch
+from jaxtyping import Float, Int
 from scipy.stats import binomtest
+from torch import Tensor
 
 from intactkv.error import IntactKVError
-from intactkv.evaluating.metrics import Interval
+from intactkv.evaluating.bootstrap import Interval, bootstrap
 from intactkv.lines import read_lines
 
 GROUPS = ("mmlu",)  # tasks named GROUP_… are counted together too
@@ -60,35 +62,25 @@ def compare(full: Path, own: Path, intact: Path, *, resamples: int = 1000, seed:
             raise IntactKVError(
                 f"the arms of {key[0]} have different items; give all of them the same --limit and data"
             )
-        columns = [np.array([items[key][item] for item in first[key]]) for items in arms.values()]
+        columns = torch.tensor([[items[key][item] for item in first[key]] for items in arms.values()]).double()
         found.append(compared(*key, columns, resamples=resamples, seed=seed))
     return found
 
 
-def compared(task: str, metric: str, arms: Sequence[np.ndarray], *, resamples: int, seed: int) -> Comparison:
+def compared(task: str, metric: str, arms: Float[Tensor, "arm item"], *, resamples: int, seed: int) -> Comparison:
     """`arms` are full, own and intact, one number for each item."""
     full, own, intact = arms
-    chosen = np.random.default_rng(seed).integers(len(own), size=(resamples, len(own)))  # the same for all arms
 
-    def interval(statistic: Any, *samples: np.ndarray) -> Interval:
-        value = float(statistic(*samples))
-        if len(own) < 2 or all(np.ptp(sample) == 0 for sample in samples):
-            return Interval(value, value, value)
-        drawn = statistic(*(sample[chosen] for sample in samples))
-        low, high = np.nanquantile(drawn, (0.025, 0.975))  # NaN: a resample without a gap says nothing of its share
-        return Interval(value, float(low), float(high))
+    def paired(counts: Int[Tensor, "resample item"]) -> dict[str, Tensor]:
+        drawn = counts.double()
+        gain, gap = drawn @ (intact - own) / len(own), drawn @ (full - own) / len(own)
+        return {"gain": gain, "gap": gap, "recovered": gain / gap.masked_fill(gap == 0, torch.nan)}
 
-    def mean(x: np.ndarray, axis: int = -1) -> Any:
-        return x.mean(axis)
-
-    def share(gap: np.ndarray, given_back: np.ndarray, axis: int = -1) -> Any:
-        whole = gap.mean(axis)
-        return given_back.mean(axis) / np.where(whole == 0, np.nan, whole)
-
-    gap = interval(mean, full - own)
-    sure = gap.low > 0 or gap.high < 0
+    generator = torch.Generator().manual_seed(seed)
+    found = bootstrap(paired, len(own), generator=generator, resamples=resamples)
+    sure = found["gap"].low > 0 or found["gap"].high < 0
     flips: dict[str, Any] = {"mended": None, "broken": None, "p": None}
-    if all(np.isin(arm, (0, 1)).all() for arm in arms):
+    if bool(((arms == 0) | (arms == 1)).all()):
         mended, broken = int(((intact == 1) & (own == 0)).sum()), int(((intact == 0) & (own == 1)).sum())
         p = binomtest(mended, mended + broken).pvalue if mended + broken else 1.0
         flips = {"mended": mended, "broken": broken, "p": float(p)}
@@ -99,8 +91,8 @@ def compared(task: str, metric: str, arms: Sequence[np.ndarray], *, resamples: i
         full=float(full.mean()),
         own=float(own.mean()),
         intact=float(intact.mean()),
-        gain=interval(mean, intact - own),
-        recovered=interval(share, full - own, intact - own) if sure else None,
+        gain=found["gain"],
+        recovered=found["recovered"] if sure else None,
         **flips,
     )
 

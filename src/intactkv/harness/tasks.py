@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import re
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -12,63 +14,50 @@ from intactkv.error import IntactKVError
 from intactkv.files import write_atomically
 from intactkv.lines import read_lines
 
-_CHOICES = {
-    "output_type": "multiple_choice",
-    "doc_to_text": "query",
-    "doc_to_target": "gold",
-    "doc_to_choice": "choices",
-}
+logger = logging.getLogger(__name__)
+
 _ACC: list[dict[str, Any]] = [
     {"metric": name, "aggregation": "mean", "higher_is_better": True} for name in ("acc", "acc_norm")
 ]
-_LIKELIHOOD: list[dict[str, Any]] = [
-    {"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False},
-    {"metric": "acc", "aggregation": "mean", "higher_is_better": True},
-]
+_CHOICES: dict[str, Any] = {"output_type": "multiple_choice", "metric_list": _ACC}
 _ROLLING: dict[str, Any] = {
     "output_type": "loglikelihood_rolling",
     "doc_to_text": "",
     "doc_to_target": "text",
     "metric_list": [{"metric": name} for name in ("word_perplexity", "byte_perplexity", "bits_per_byte")],
 }
-_ANSWER = "{{query}}\nAnswer:"
 
-# File → task. A line is an object with `query`, `choices`, `gold` unless the task says otherwise.
-TASKS: dict[str, dict[str, Any]] = {
-    "lambada_openai.jsonl": {
-        "task": "lambada_local",
+# The fields of a row → what lm-eval does with it. The first that a file's rows have counts.
+SCHEMAS: dict[frozenset[str], dict[str, Any]] = {
+    frozenset({"context", "continuation"}): {  # LAMBADA
         "output_type": "loglikelihood",
         "doc_to_text": "context",
         "doc_to_target": "{{' ' + continuation}}",
-        "metric_list": _LIKELIHOOD,
+        "metric_list": [
+            {"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False},
+            {"metric": "acc", "aggregation": "mean", "higher_is_better": True},
+        ],
     },
-    "arc_easy.jsonl": {"task": "arc_easy_local", **_CHOICES, "doc_to_text": _ANSWER, "metric_list": _ACC},
-    "arc_challenge.jsonl": {"task": "arc_challenge_local", **_CHOICES, "doc_to_text": _ANSWER, "metric_list": _ACC},
-    "openbook_qa.jsonl": {"task": "openbookqa_local", **_CHOICES, "metric_list": _ACC},
-    "boolq.jsonl": {"task": "boolq_local", **_CHOICES, "doc_to_text": _ANSWER, "metric_list": _ACC[:1]},
-    "hellaswag_val_1000.jsonl": {"task": "hellaswag_local", **_CHOICES, "metric_list": _ACC},
-    "winogrande.jsonl": {  # the same ending after two contexts: the context is what is chosen
-        "task": "winogrande_local",
-        "output_type": "multiple_choice",
+    frozenset({"context_options", "continuation", "gold"}): {  # WinoGrande: the same ending after two contexts
+        **_CHOICES,
         "doc_to_text": "gold",
         "doc_to_target": "continuation",
         "doc_to_choice": "context_options",
         "metric_list": _ACC[:1],
     },
-    "c4_sample_500.jsonl": {"task": "c4_local", **_ROLLING},
-    "wikitext2_test_raw.txt": {"task": "wikitext_local", **_ROLLING},
-}
-# ARC as the Hub has it: `question`, `choices` of `text` and `label`, `answerKey`.
-_HUB_ARC = {
-    "doc_to_text": "Question: {{question}}\nAnswer:",
-    "doc_to_choice": "{{choices.text}}",
-    "doc_to_target": "{{choices.label.index(answerKey)}}",
-}
-_ARC_FIELDS = {"question", "choices", "answerKey"}
-_FIELDS = {
-    "lambada_openai.jsonl": {"context", "continuation"},
-    "winogrande.jsonl": {"gold", "continuation", "context_options"},
-    "c4_sample_500.jsonl": {"text"},
+    frozenset({"query", "choices", "gold"}): {  # a query that ends in a question is followed by where the answer goes
+        **_CHOICES,
+        "doc_to_text": "{{query}}{{'\nAnswer:' if query.split('\n')[-1].startswith('Question:') else ''}}",
+        "doc_to_target": "gold",
+        "doc_to_choice": "choices",
+    },
+    frozenset({"question", "choices", "answerKey"}): {  # ARC as the Hub has it
+        **_CHOICES,
+        "doc_to_text": "Question: {{question}}\nAnswer:",
+        "doc_to_choice": "{{choices.text}}",
+        "doc_to_target": "{{choices.label.index(answerKey)}}",
+    },
+    frozenset({"text"}): _ROLLING,
 }
 _MMLU = {
     "dataset_path": "csv",
@@ -84,41 +73,48 @@ _MMLU = {
 
 
 def write_tasks(data: Path, out: Path) -> list[str]:
-    """Write an lm-eval task file for every known file in `data` to `out`; returns the names of tasks and groups.
+    """Write an lm-eval task for every file in `data` that can be read to `out`; returns the names of tasks and groups.
 
-    For `lm_eval --include_path OUT --tasks NAMES`. MMLU is a folder `mmlu` with `dev` and `test`, a headless csv a
-    subject, or `mmlu.tar.xz` of that, which is unpacked to `out`. Raises `IntactKVError` where nothing is known.
+    For `lm_eval --include_path OUT --tasks NAMES`. A `.txt` is one document; what a `.jsonl` is, its rows' fields say
+    (`SCHEMAS`), and one that has others is left out with a warning. FILE becomes the task FILE_local. MMLU is a folder
+    `mmlu` with `dev` and `test`, a headless csv a subject, or `mmlu.tar.xz` of that, which is unpacked to `out`.
+    Raises `IntactKVError` where nothing is left, or a file's rows are not all of one schema.
     """
-    found = {name: _fitting(data / name, task) for name, task in TASKS.items() if (data / name).is_file()}
+    files = sorted(path for path in data.iterdir() if path.suffix in (".jsonl", ".txt"))
+    found = {path: task for path in files if (task := _ROLLING if path.suffix == ".txt" else _task(path)) is not None}
     out.mkdir(parents=True, exist_ok=True)
-    for name, task in found.items():
-        _write(out / f"{task['task']}.yaml", {**_source(data / name), **task})
-    names = [task["task"] for task in found.values()]
+    names = []
+    for path, task in found.items():
+        names.append(f"{re.sub(r'[^0-9A-Za-z]+', '_', path.stem)}_local")
+        _write(out / f"{names[-1]}.yaml", {"task": names[-1], **_source(path), **task})
     subjects = _mmlu(data, out)
     if subjects is not None:
         names.append(_write_mmlu(subjects, out))
     if not names:
+        schemas = "; ".join(", ".join(sorted(fields)) for fields in SCHEMAS)
         raise IntactKVError(
-            f"{data} holds none of {', '.join(TASKS)}, mmlu, mmlu.tar.xz; give a folder with some of them"
+            f"{data} holds no task; give a folder with mmlu, mmlu.tar.xz, .txt, or .jsonl whose rows have the fields "
+            f"{schemas}"
         )
     return names
 
 
-def _fitting(path: Path, task: dict[str, Any]) -> dict[str, Any]:
-    """The task for the schema that a file's rows have. Raises `IntactKVError` for one that it does not read."""
-    if path.suffix == ".txt":
-        return task
-    needed = _FIELDS.get(path.name, {"query", "choices", "gold"})
+def _task(path: Path) -> dict[str, Any] | None:
+    """What lm-eval does with a file's rows, None where their fields are no task's."""
     rows = read_lines(path, needed=())
-    other = next((row for row in rows if not needed <= row.keys()), None)
-    if rows and other is None:
+    for needed, task in SCHEMAS.items():
+        if not rows or not needed <= rows[0].keys():
+            continue
+        other = next((row for row in rows if not needed <= row.keys()), None)
+        if other is not None:
+            raise IntactKVError(
+                f"{path} has a row with the fields {', '.join(other)} and rows with {', '.join(sorted(needed))}; "
+                "give all rows of a task the same fields"
+            )
         return task
-    if path.name.startswith("arc_") and rows and all(row.keys() >= _ARC_FIELDS for row in rows):
-        return {**task, **_HUB_ARC}
-    raise IntactKVError(
-        f"{path} has {'a row with the fields ' + ', '.join(other) if other else 'no rows'}; its task reads "
-        f"{', '.join(sorted(needed))}"
-    )
+    fields = f"rows with the fields {', '.join(rows[0])}" if rows else "no rows"
+    logger.warning("%s is left out: it has %s, which are no task's", path, fields)
+    return None
 
 
 def _source(path: Path) -> dict[str, Any]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import combinations
-from math import nan
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from intactkv.error import IntactKVError
-from intactkv.evaluating.metrics import Interval
+from intactkv.evaluating.bootstrap import bootstrap
 from intactkv.lines import read_lines
 from intactkv.mtbench.questions import Question
 
@@ -85,22 +84,17 @@ def summarize(grades: Grades, questions: Sequence[Question], *, resamples: int =
     }  # fmt: skip
 
 
-def bootstrap(values: Float[Tensor, "item"], *, resamples: int, seed: int) -> Interval:
-    """The mean of independent values and its 95 % percentile interval; NaN ends where there is one value."""
-    if len(values) < 2:
-        return Interval(float(values.mean()), nan, nan)
-    draws = torch.randint(len(values), (resamples, len(values)), generator=torch.Generator().manual_seed(seed))
-    low, high = values[draws].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=values.dtype)).tolist()
-    return Interval(float(values.mean()), low, high)
-
-
 def _difference(values: Float[Tensor, "question"], *, resamples: int, seed: int) -> dict[str, Any] | None:
     if not len(values):
         return None
-    found = bootstrap(values, resamples=resamples, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    mean = bootstrap(
+        lambda counts: {"mean": counts.double() @ values / len(values)},
+        len(values), generator=generator, resamples=resamples,
+    )["mean"]  # fmt: skip
     alone = len(values) < 2
     return {
-        "value": found.value, "low": None if alone else found.low, "high": None if alone else found.high,
+        "value": mean.value, "low": None if alone else mean.low, "high": None if alone else mean.high,
         "questions": len(values),
     }  # fmt: skip
 

@@ -52,10 +52,10 @@ def discover(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: s
     """
     tokens = tokenizer(data, add_special_tokens=False, verbose=False).input_ids if isinstance(data, str) else data
     trials = search(model, pieces(tokens), start=opening(tokenizer), chat=first_of_chat(tokenizer))
-    return chosen(trials)
+    return prefix_of(trials)
 
 
-def chosen(trials: Sequence[Trial]) -> list[int]:
+def prefix_of(trials: Sequence[Trial]) -> list[int]:
     """The prefix that a search ended with. Raises `IntactKVError` where it found none, in one sentence."""
     best = [trial for trial in trials if trial.kept][-1]
     if not best.prefix and not best.pivots:

@@ -50,7 +50,7 @@ def compress_(
     from llmcompressor.modeling.moe.linearize import linearize_moe
     from llmcompressor.pipelines.cache import IntermediatesCache
 
-    from intactkv.quantizing.steps import Call, in_float32
+    from intactkv.quantizing.steps import Callback, in_float32
 
     linearize_moe(full)  # experts kept in one tensor become Linear layers; a dense model is left alone
     widths, ignore = _targets(full)
@@ -75,7 +75,7 @@ def compress_(
                 transformed(model)
 
     try:
-        steps = [*method.transforms(full), Call(function=unrounded(look)), *method.rounding(full, ignore)]
+        steps = [*method.transforms(full), Callback(function=unrounded(look)), *method.rounding(full, ignore)]
         count = _ticker(LifecycleCallbacks.sequential_epoch_end, steps, full, progress)
         no_tokenizer: Any = object()  # without one oneshot looks for its own, and fails where there is none
         # A method that learns nothing is shown something all the same: llm-compressor wants data to set up a KV cache.

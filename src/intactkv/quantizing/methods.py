@@ -222,11 +222,11 @@ class AutoRound(_Levels):
     def rounding(self, full: PreTrainedModel, ignore: Sequence[str]) -> list[Any]:
         from llmcompressor.modifiers.autoround import AutoRoundModifier
 
-        from intactkv.quantizing.steps import Call, cast_
+        from intactkv.quantizing.steps import Callback, cast_
 
         # AutoRound would turn the blocks alone into bfloat16, and the next float32 input would not fit them.
         types = {name.rpartition(".")[0]: torch.bfloat16 for name, _ in full.named_parameters()}
-        cast = Call(function=partial(cast_, types=types))
+        cast = Callback(function=partial(cast_, types=types))
         tune = AutoRoundModifier(iters=self.iterations, enable_torch_compile=False, **self._scheme(full, ignore))
         return [cast, tune]
 
@@ -302,7 +302,7 @@ class Rotated:
         return self.levels.weighs
 
     def transforms(self, full: PreTrainedModel) -> list[Any]:
-        from intactkv.quantizing.steps import Call, Rotate, widen_
+        from intactkv.quantizing.steps import Callback, Rotate, widen_
 
         if "R2" in self.rotations and not _is_power_of_two(head_dim(full)):
             raise IntactKVError(f"head_dim={head_dim(full)} is no power of two, which R2 needs; leave R2 out")
@@ -312,13 +312,13 @@ class Rotated:
             "precision": torch.float32,  # of R4, in the model's forward; R1 and R2 are fused in float64
         }
         # in float32, or each rotation would round the weights to the stored type once more
-        return [Call(function=widen_), Rotate(**settings)]
+        return [Callback(function=widen_), Rotate(**settings)]
 
     def rounding(self, full: PreTrainedModel, ignore: Sequence[str]) -> list[Any]:
-        from intactkv.quantizing.steps import Call, cast_
+        from intactkv.quantizing.steps import Callback, cast_
 
         types = {name.rpartition(".")[0]: parameter.dtype for name, parameter in full.named_parameters()}
-        return [Call(function=partial(cast_, types=types)), *self.levels.rounding(full, ignore)]
+        return [Callback(function=partial(cast_, types=types)), *self.levels.rounding(full, ignore)]
 
     def _block(self, full: PreTrainedModel) -> int:
         """The largest power of two in both widths, or the block asked for if it divides them."""

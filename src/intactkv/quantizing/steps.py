@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 
-class Call(Modifier):
+class Callback(Modifier):
     """Call `function(model)` between two other steps."""
 
     function: Callable[[PreTrainedModel], Any]
