@@ -16,11 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 from intactkv.artifact.hub import FILE
 from intactkv.error import IntactKVError
+from intactkv.files import write_atomically
 
 if TYPE_CHECKING:
     from intactkv.artifact.data import IntactKV
 
 RECIPE = "intactkv.json"  # what `quantize` says of a checkpoint, in its folder
+NEEDS = "NeedsIntactKV"  # behind an architecture's name: engines know no such model, and refuse it with this word
 
 
 def files_digest(folder: Path) -> str:
@@ -49,6 +51,27 @@ def made_for_prefix(folder: Path) -> Mapping[str, Any] | None:
     """What a folder's `intactkv.json` says of the prefix that its checkpoint was made for; None if it was for none."""
     found = _recipe(folder).get("prefix_aware")
     return found if isinstance(found, dict) else None
+
+
+def mark_needing(folder: Path) -> None:
+    """Let the checkpoint in `folder`, made for its prefix, name an architecture that no engine serves by accident.
+
+    transformers goes by the model's type and loads it as before; vLLM, SGLang and llama.cpp's converter go by the name.
+    """
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["architectures"] = [f"{name}{NEEDS}" for name in config.get("architectures") or []]
+    write_atomically(path, (json.dumps(config, indent=2) + "\n").encode())
+
+
+def served_architectures(folder: Path) -> list[str] | None:
+    """The architectures by which an engine serves a checkpoint that `mark_needing` marked; None for any other."""
+    try:
+        names = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures") or []
+    except (OSError, ValueError, AttributeError):
+        return None
+    plain = [str(name).removesuffix(NEEDS) for name in names]
+    return plain if plain != names else None
 
 
 def refuse_unchecked(kv: IntactKV, folder: Path, name: str, *, quantized: bool) -> None:

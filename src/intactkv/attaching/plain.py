@@ -6,9 +6,9 @@ Such a checkpoint is worse than an ordinary one wherever they are read: with its
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,32 +17,27 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 from transformers import PreTrainedModel
 
+from intactkv.artifact import served
 from intactkv.artifact.hub import FILE
+from intactkv.artifact.served import RECIPE
 from intactkv.attaching.handle import is_attached
 
-RECIPE = "intactkv.json"
 
-
-def made_for_prefix(source: str | os.PathLike[str]) -> dict[str, Any] | None:
+def made_for_prefix(source: str | os.PathLike[str]) -> Mapping[str, Any] | None:
     """What a quantized folder or Hub name says of the prefix it was made for; None if it was made for none.
 
     `weight`, the prefix tokens' weight in calibration, below 1; `prefix`, their ids; `perplexity` on held-out windows
     of the calibration text: of the full model, and of the quantized one `with_kv` and `without_kv`.
     """
-    path = Path(source) / RECIPE
-    if Path(source).is_file():
+    folder = Path(source)
+    if folder.is_file():
         return None  # a GGUF says nothing of it
-    if not Path(source).is_dir():
+    if not folder.is_dir():
         try:
-            path = Path(hf_hub_download(str(source), RECIPE))
+            folder = Path(hf_hub_download(str(source), RECIPE)).parent
         except (OSError, ValueError, EntryNotFoundError, HfHubHTTPError):
             return None  # the repository has none, or cannot be reached, which loading it says itself
-    try:
-        said = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    found = said.get("prefix_aware") if isinstance(said, dict) else None
-    return found if isinstance(found, dict) else None
+    return served.made_for_prefix(folder)
 
 
 def warn_when_plain_(model: PreTrainedModel, source: str | os.PathLike[str]) -> None:
@@ -60,7 +55,7 @@ def warn_when_plain_(model: PreTrainedModel, source: str | os.PathLike[str]) -> 
     hook = model.register_forward_pre_hook(look)
 
 
-def sentence(about: dict[str, Any], source: str | os.PathLike[str]) -> str:
+def sentence(about: Mapping[str, Any], source: str | os.PathLike[str]) -> str:
     """What is lost where such a checkpoint runs plain, and the remedy."""
     figures = about.get("perplexity") or {}
     lost = ""

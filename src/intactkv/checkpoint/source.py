@@ -72,7 +72,7 @@ def checkpoint_digest(source: str | os.PathLike[str], *, progress: Callable[[int
 
 def _files(source: str | os.PathLike[str]) -> list[Path]:
     """A folder's or Hub model's configuration and weight files."""
-    folder = Path(source if Path(source).is_dir() else _downloaded(str(source)))
+    folder = weights_folder(source)
     beside = set(folder.glob("*.intactkv.safetensors"))  # an intact KV that `quantize` put there is no weight
     files = sorted(set(folder.glob("*.safetensors")) - beside) or sorted(folder.glob("*.bin"))
     if not files:
@@ -106,12 +106,18 @@ def _downloaded(name: str) -> str:
     return snapshot_download(name, allow_patterns=["*.bin", "config.json"])
 
 
+def weights_folder(source: str | os.PathLike[str]) -> Path:
+    """The local folder of a source's safetensors. Raises `IntactKVError` for a GGUF."""
+    if is_gguf(source):
+        raise IntactKVError(f"{source} is a GGUF file; give a folder or a Hub name of safetensors")
+    return Path(source if Path(source).is_dir() else _downloaded(str(source)))
+
+
 def weight_files(source: str | os.PathLike[str]) -> Iterator[Any]:
     """The safetensors files of a folder or hub name, open one after the other; a GGUF has none."""
     if is_gguf(source):
         return
-    folder = source if Path(source).is_dir() else snapshot_download(str(source), allow_patterns="*.safetensors")
-    for path in sorted(Path(folder).glob("*.safetensors")):
+    for path in sorted(weights_folder(source).glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
             yield file
 

@@ -23,9 +23,11 @@ def check_command(
 ) -> None:
     """Are MODEL's keys and values the full model's, rescaled or rotated ones, or another's? Refuses the last."""
     from intactkv.artifact import IntactKV
+    from intactkv.artifact.served import with_check
     from intactkv.basis.compare import align, basis, describe, show_noise
     from intactkv.basis.words import basis_table
     from intactkv.checkpoint.load import load_model_on
+    from intactkv.checkpoint.source import weights_folder
 
     check_outputs(out)
     artifact = IntactKV.from_pretrained(kv)
@@ -38,7 +40,7 @@ def check_command(
     changed = aligned is not artifact
     console.print(f"basis: {describe(relations)}", highlight=False)
     if out is not None:
-        aligned.save(out)
+        with_check(aligned, weights_folder(model)).save(out)
         console.print(f"written: {out}")
     elif changed:
         console.print(f"{kv} does harm as it is: write the aligned one with -o KV and attach that", style="yellow")

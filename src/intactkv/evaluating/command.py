@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from hashlib import sha256
@@ -71,7 +71,7 @@ class Quantized:
     source: str
     file: Path
     kv: IntactKV
-    made_for: dict[str, Any] | None  # what its folder says of the prefix that it was made for
+    made_for: Mapping[str, Any] | None  # what its folder says of the prefix that it was made for
 
     def arm(self, kind: str, alone: bool) -> str:
         """The arm's name in tables: with the model's where there are several."""

@@ -31,7 +31,7 @@ from transformers import (
 from intactkv.artifact import IntactKV
 from intactkv.artifact.digest import weights_digest
 from intactkv.artifact.hub import FILE as PREFIX_KV
-from intactkv.attaching.plain import RECIPE
+from intactkv.artifact.served import RECIPE, mark_needing
 from intactkv.capturing.live import capture, checked_ids
 from intactkv.checkpoint.load import load_model, load_tokenizer, load_with_losses
 from intactkv.checkpoint.source import config_of, is_gguf, refuse_quantized
@@ -84,9 +84,10 @@ def quantize(
 
     With a prefix, a method that learns from text is shown it as the served model will see it: prefix tokens do not
     count, and later tokens read their intact keys and values. **Such a checkpoint wants its KV**: with its own prefix,
-    or for prompts without one, it can be worse than the ordinary checkpoint, which `prefix_weight=1` makes. In between
-    it is the share of windows shown the ordinary way. Unless given it is 1/16; 0 for methods that know no part (those
-    that learn ranges, AutoRound); 1 where layers keep states that no KV covers.
+    or for prompts without one, it can be worse than the ordinary checkpoint, which `prefix_weight=1` makes. Its
+    `config.json` names an architecture that engines refuse, so that none serves it without: `intactkv serve` does it
+    with. A weight in between is the share of windows shown the ordinary way. Unless given it is 1/16; 0 for methods
+    that know no part (those that learn ranges, AutoRound); 1 where layers keep states that no KV covers.
 
     Raises IntactKVError when llm-compressor is missing, `out` is not empty, `model` cannot be read, is
     quantized already, has nothing to quantize or does not fit `method`, where calibration is needed and not given,
@@ -145,6 +146,8 @@ def quantize(
         del quantized
         _record(checkpoint, method, windows, ids, made_for)
         _copy_tokenizer(Path(source), tokenizer, checkpoint)
+        if made_for is not None:
+            mark_needing(checkpoint)
         checkpoint.replace(out)
         log.info("written: %s", out)
     for sentence in said:

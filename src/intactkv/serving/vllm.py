@@ -64,25 +64,31 @@ class IntactKVHandshake(KVConnectorHandshakeMetadata):
     layers: tuple[int, ...]
 
 
+COUNTS = ("external", "overwritten", "late")
+
+
 @dataclass
 class IntactKVStats(KVConnectorStats):
     """Rows written since the last report: `external`, `overwritten`, and `late`, after the step that reads them."""
 
-    data: dict[str, Any] = field(default_factory=lambda: dict.fromkeys(IntactKVStats.NAMES, 0))
-    NAMES = ("external", "overwritten", "late")
+    data: dict[str, Any] = field(default_factory=lambda: dict.fromkeys(COUNTS, 0))
 
     def reset(self) -> None:
-        self.data = dict.fromkeys(self.NAMES, 0)
+        """Count from 0."""
+        self.data = dict.fromkeys(COUNTS, 0)
 
     def aggregate(self, other: KVConnectorStats) -> KVConnectorStats:
-        for name in self.NAMES:
+        """Add another report."""
+        for name in COUNTS:
             self.data[name] += other.data[name]
         return self
 
     def reduce(self) -> dict[str, int | float]:
-        return {f"intact rows {name}": self.data[name] for name in self.NAMES}
+        """What vLLM's log line says."""
+        return {f"intact rows {name}": self.data[name] for name in COUNTS}
 
     def is_empty(self) -> bool:
+        """Whether nothing was written."""
         return not any(self.data.values())
 
 
@@ -102,10 +108,11 @@ class IntactKVProm(KVConnectorPromMetrics):
                 ),
                 per_engine_labelvalues,
             )
-            for name in IntactKVStats.NAMES
+            for name in COUNTS
         }
 
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
+        """Add a report."""
         for name, counters in self._counters.items():
             counters[engine_idx].inc(transfer_stats_data[name])
 

@@ -1,0 +1,174 @@
+"""What the connector costs in vLLM: two engines, with it and without, take turns; ratios of medians over rounds.
+
+    .venv-vllm/bin/python benchmarks/vllm.py --model MODEL --kv KV --out FILE.json [--rounds 15] [--engine '{"dtype": …}']
+
+Throughput is of batches of prompts that all begin with the prefix, time to first token of one such prompt alone. On a
+GPU the host's synchronizations and copies in decoding steps are counted as well, by torch's profiler.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the profiler sees the engine's own process
+
+
+def engine(settings: dict[str, Any]) -> None:
+    """One engine: a line of JSON in, one out."""
+    from vllm import LLM, SamplingParams
+
+    began = perf_counter()
+    llm = LLM(**settings)
+    say, sys.stdout = sys.stdout, sys.stderr
+    say.write(json.dumps({"started": perf_counter() - began}) + "\n")
+    say.flush()
+    for line in sys.stdin:
+        asked = json.loads(line)
+        sampling = SamplingParams(temperature=0, max_tokens=asked["tokens"], ignore_eos=True, detokenize=False)
+        prompts: Any = [{"prompt_token_ids": each} for each in asked["prompts"]]
+        if asked.get("profile"):
+            told = _profiled(llm, prompts, sampling)
+        else:
+            began = perf_counter()
+            llm.generate(prompts, sampling, use_tqdm=False)
+            told = {"seconds": perf_counter() - began}
+        say.write(json.dumps(told) + "\n")
+        say.flush()
+
+
+def _profiled(llm: Any, prompts: Any, sampling: Any) -> dict[str, int]:
+    """How often the host waits for the device, and copies to it, in decoding steps."""
+    from torch.profiler import ProfilerActivity, profile
+
+    core = llm.llm_engine
+    for i, prompt in enumerate(prompts):
+        core.add_request(str(i), prompt, sampling)
+    for _ in range(4):  # the prompts, and what is compiled or captured late
+        core.step()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
+        for _ in range(16):
+            core.step()
+    while core.has_unfinished_requests():
+        core.step()
+    names = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpyAsync",
+             "cudaLaunchKernel", "cudaGraphLaunch")  # fmt: skip
+    counts = {event.key: event.count for event in seen.key_averages()}
+    return {name: counts.get(name, 0) for name in names}
+
+
+class Child:
+    """An engine in a process of its own."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, __file__, "--child", json.dumps(settings)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL, text=True,
+        )  # fmt: skip
+        self.started = self._read()["started"]
+
+    def ask(self, **asked: Any) -> Any:
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(asked) + "\n")
+        self._process.stdin.flush()
+        return self._read()
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(60)
+
+    def _read(self) -> Any:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.startswith("{"):
+                return json.loads(line)
+        raise SystemExit("the engine ended")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--child")
+    parser.add_argument("--model")
+    parser.add_argument("--kv")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--prompt", type=int, default=64)
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--mode", default="auto")
+    parser.add_argument("--engine", default="{}")
+    given = parser.parse_args()
+    if given.child:
+        engine(json.loads(given.child))
+        return
+    from intactkv import IntactKV
+    from intactkv.serving.launch import vllm_arguments
+
+    prefix = IntactKV.load(given.kv).ids.tolist()
+    settings = {"model": given.model, "skip_tokenizer_init": True, "max_model_len": 1024, "seed": 0,
+                "enable_prefix_caching": False, **json.loads(given.engine)}  # fmt: skip
+    told = vllm_arguments(given.model, given.kv, mode=given.mode, check=False)
+    overrides = {"hf_overrides": told["hf_overrides"]} if "hf_overrides" in told else {}
+    arms = {"without": {**settings, **overrides}, "with": {**settings, **told}}
+    children, started = {}, {name: [] for name in arms}
+    for turn in range(3):  # starting is timed alone, in turns
+        for name in arms if turn % 2 == 0 else reversed(arms):
+            if name in children:
+                children.pop(name).close()
+            child = Child(arms[name])
+            started[name].append(child.started)
+            if turn < 2:
+                child.close()
+            else:
+                children[name] = child
+    rng = random.Random(0)
+
+    def prompts(count: int) -> list[list[int]]:
+        return [prefix + [rng.randrange(3, 400) for _ in range(given.prompt)] for _ in range(count)]
+
+    ratios: dict[str, list[float]] = {"throughput": [], "time to first token": []}
+    for turn in range(given.rounds + 1):
+        batch, alone = prompts(given.batch), [prompts(1) for _ in range(10)]
+        seconds: dict[str, dict[str, float]] = {}
+        for name in children if turn % 2 == 0 else reversed(children):
+            whole = children[name].ask(prompts=batch, tokens=given.tokens)["seconds"]
+            first = median(children[name].ask(prompts=one, tokens=1)["seconds"] for one in alone)
+            seconds[name] = {"throughput": whole, "time to first token": first}
+        if turn:  # the first round warms up
+            ratios["throughput"].append(seconds["without"]["throughput"] / seconds["with"]["throughput"])
+            ratios["time to first token"].append(
+                seconds["with"]["time to first token"] / seconds["without"]["time to first token"]
+            )
+    import torch
+
+    counts = None
+    if torch.cuda.is_available():
+        counts = {n: c.ask(prompts=prompts(8), tokens=40, profile=True) for n, c in children.items()}
+    for child in children.values():
+        child.close()
+    found = {
+        **{name: {"median": median(values), "low": min(values), "high": max(values)} for name, values in ratios.items()},
+        "start-up, s more": median(started["with"]) - median(started["without"]),
+        "started, s": started, "counts": counts, "tokens/s": given.batch * given.tokens / seconds["with"]["throughput"],
+        "arguments": {name: value for name, value in vars(given).items() if name not in ("child", "out")},
+    }  # fmt: skip
+    found["arguments"] = {k: str(v) for k, v in found["arguments"].items()}
+    print(json.dumps(found, indent=1))
+    if given.out:
+        given.out.write_text(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()
