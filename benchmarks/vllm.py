@@ -1,6 +1,6 @@
 """What the connector costs in vLLM: two engines, with it and without, take turns; ratios of medians over rounds.
 
-    .venv-vllm/bin/python benchmarks/vllm.py --model MODEL --kv KV --out FILE.json [--rounds 15] [--engine '{"dtype": …}']
+    .venv-vllm/bin/python benchmarks/vllm.py --model MODEL --kv KV --out FILE.json [--engine '{"dtype": …}']
 
 Throughput is of batches of prompts that all begin with the prefix, time to first token of one such prompt alone. On a
 GPU the host's synchronizations and copies in decoding steps are counted as well, by torch's profiler.
@@ -159,7 +159,7 @@ def main() -> None:
     for child in children.values():
         child.close()
     found = {
-        **{name: {"median": median(values), "low": min(values), "high": max(values)} for name, values in ratios.items()},
+        **{name: {"median": median(of), "low": min(of), "high": max(of)} for name, of in ratios.items()},
         "start-up, s more": median(started["with"]) - median(started["without"]),
         "started, s": started, "counts": counts, "tokens/s": given.batch * given.tokens / seconds["with"]["throughput"],
         "arguments": {name: value for name, value in vars(given).items() if name not in ("child", "out")},

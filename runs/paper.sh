@@ -114,7 +114,7 @@ for text in "${texts[@]}"; do
     done
 done
 if [ ${#texts[@]} -gt 0 ]; then
-    once w4a4 intactkv eval "$OUT/rotated-4" --full "$MODEL" --kv "$OUT/rotated-4/prefix.intactkv.safetensors" --device "$DEVICE" \
+    once w4a4 intactkv eval "$OUT/rotated-4" --full "$MODEL" --kv "$OUT/rotated-4/prefix.intactkv" --device "$DEVICE" \
         --data "${texts[0]#*:}" --window "$WINDOW" ${WINDOWS:+--windows "$WINDOWS"} --paper --cache "$OUT/cache" -o "$OUT/w4a4.json" --markdown "$tables/w4a4.md"
 fi
 

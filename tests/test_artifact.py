@@ -824,7 +824,7 @@ def test_the_door_of_a_filled_cache_is_passed_once(small: Any, monkeypatch: pyte
 
 def test_format_1_is_read(tmp_path: Path) -> None:
     """A file that the code of before format 2 wrote, of the model that `build` still makes."""
-    path = Path(__file__).parent / "data" / "format1.intactkv.safetensors"
+    path = Path(__file__).parent / "data" / "format1.intactkv"
     kv, again = IntactKV.load(path), capture(build(LLAMA), [1, 5, 7])
     assert kv.ids.tolist() == [1, 5, 7]
     assert all(torch.allclose(t, again.tensors[name], atol=1e-5) for name, t in kv.tensors.items())
@@ -879,7 +879,7 @@ def test_the_artifact_is_imported_without_transformers(module: str) -> None:
 def test_folders_and_files_are_found(small: Any, tmp_path: Path) -> None:
     full, kv = small
     path = kv.save_pretrained(tmp_path / "q" / "w3")
-    assert path == tmp_path / "q" / "w3" / "prefix.intactkv.safetensors"
+    assert path == tmp_path / "q" / "w3" / "prefix.intactkv"
     for source in (path, path.parent, str(path.parent)):
         assert content(IntactKV.from_pretrained(source)) == content(kv)
     with attach(full, path.parent):

@@ -71,7 +71,7 @@ def test_the_demo_writes_what_it_says(demo: tuple[Path, str]) -> None:
     assert {pair["intact"] for pair in figures["pairs"]} == {"4-bit intact", "3-bit intact"}
     assert figures["made_by"]["versions"]["torch"] == torch.__version__
     assert (folder / "kl_by_position.png").read_bytes().startswith(b"\x89PNG")
-    kv = IntactKV.load(folder / "bos.intactkv.safetensors")
+    kv = IntactKV.load(folder / "bos.intactkv")
     assert kv.ids.tolist() == [load_tokenizer(MODEL).bos_token_id]
 
 
@@ -157,7 +157,7 @@ def test_the_paper_protocol_and_other_prefixes(demo: tuple[Path, str], tmp_path:
     done = intactkv("eval", demo[0] / "w3", "--full", MODEL, "--kv", kv, "--data", TEXT, "--paper")
     assert done.returncode == 1
     assert "overwrites one token" in done.stderr
-    bos = demo[0] / "bos.intactkv.safetensors"
+    bos = demo[0] / "bos.intactkv"
     done = intactkv(
         "eval", demo[0] / "w3", "--full", MODEL, "--kv", bos, "--data", TEXT, "--paper", "--window", "64",
         "--windows", "4",
@@ -253,7 +253,7 @@ def test_a_checkpoint_with_missing_or_unexpected_tensors_is_refused(tmp_path: Pa
 
 @pytest.mark.parametrize("method", ["rtn", "rotated"])
 def test_quantize_writes_a_checkpoint_with_the_kv_that_fits_it(method: str, tmp_path: Path) -> None:
-    out, kv = tmp_path / "w3", tmp_path / "w3/prefix.intactkv.safetensors"
+    out, kv = tmp_path / "w3", tmp_path / "w3/prefix.intactkv"
     done = intactkv("quantize", MODEL, "-o", out, "--method", method, "--bits", "3", "--asymmetric")
     assert done.returncode == 0, done.stderr
     assert f"attach {kv}" in "".join(done.stdout.split("\n"))
@@ -285,7 +285,7 @@ def test_quantize_calibrates_on_a_text_and_keeps_another_prefix(tmp_path: Path) 
     assert recipe["method"] == "GPTQ"
     assert recipe["calibration"]["windows"] >= 1
     assert recipe["group_size"] is None
-    assert IntactKV.load(tmp_path / "q/prefix.intactkv.safetensors").ids.tolist() == recipe["prefix"]
+    assert IntactKV.load(tmp_path / "q/prefix.intactkv").ids.tolist() == recipe["prefix"]
     assert len(recipe["prefix"]) >= 2
 
 
@@ -314,7 +314,7 @@ def test_a_method_by_name_has_the_settings_given(name: str) -> None:
 def test_check_tells_the_basis_and_writes_the_aligned_kv(demo: tuple[Path, str], tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    bos = demo[0] / "bos.intactkv.safetensors"
+    bos = demo[0] / "bos.intactkv"
     done = intactkv("check", demo[0] / "w3", "--full", MODEL, "--kv", bos)
     assert done.returncode == 0, done.stderr
     assert "basis: full\n" in done.stdout
@@ -337,7 +337,7 @@ def test_check_tells_the_basis_and_writes_the_aligned_kv(demo: tuple[Path, str],
 def test_calibrate_writes_a_kv_that_eval_takes_and_resumes(demo: tuple[Path, str], tmp_path: Path) -> None:
     folder, kv2 = demo[0], tmp_path / "kv2.safetensors"
     arguments = [
-        "calibrate", folder / "w3", "--full", MODEL, "--kv", folder / "bos.intactkv.safetensors", "--data", TEXT,
+        "calibrate", folder / "w3", "--full", MODEL, "--kv", folder / "bos.intactkv", "--data", TEXT,
         "-o", kv2, "--objective", "kl", "--learning-rate", "0.01", "--steps", "3", "--batch-size", "2", "--samples",
         "6", "--held-out", "6", "--length", "64", "--spool", tmp_path / "spool", "--checkpoint", tmp_path / "state",
     ]  # fmt: skip
@@ -359,7 +359,7 @@ def test_calibrate_writes_a_kv_that_eval_takes_and_resumes(demo: tuple[Path, str
 
 def test_calibrate_says_what_is_wrong(demo: tuple[Path, str], tmp_path: Path) -> None:
     folder = demo[0]
-    common = ["calibrate", folder / "w3", "--full", MODEL, "--kv", folder / "bos.intactkv.safetensors"]
+    common = ["calibrate", folder / "w3", "--full", MODEL, "--kv", folder / "bos.intactkv"]
     for more, message in (
         (["--data", TEXT, "--objective", "mse"], "--objective 'mse' is not known"),
         (["--data", TEXT, "--system", "Be brief."], "--system goes with conversations"),

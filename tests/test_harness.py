@@ -21,7 +21,7 @@ from lm_eval.tasks import TaskManager
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from intactkv import IntactKV, IntactKVError, bos, capture
+from intactkv import IntactKV, IntactKVError, attach, bos, capture
 from intactkv.checkpoint.load import load_model, load_tokenizer
 from intactkv.demo import MODEL
 from intactkv.doctor.simulate import rounded_model
@@ -159,6 +159,8 @@ def test_what_would_begin_otherwise_is_refused(full: Any, tokenizer: Any) -> Non
         make(full, bare, None)
     with pytest.raises(IntactKVError, match="without its tokenizer"):
         IntactLM(full)
+    with attach(full, kv), pytest.raises(IntactKVError, match="already has an intact KV attached"):
+        make(full, tokenizer, kv, attached=False)  # or the arm with its own prefix would be the intact one
 
 
 TASKS = ["arc_easy", "arc_hub", "boolq", "c4_sample", "lambada", "wikitext2_raw", "winogrande"]

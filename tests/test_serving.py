@@ -57,7 +57,7 @@ def test_an_artifact_is_served_with_what_it_was_made_or_checked_with(
     (folder / "intactkv.json").write_text(json.dumps({"prefix": PREFIX}))
     kv.save_pretrained(folder)
     assert vllm_arguments(folder)["kv_transfer_config"]["kv_connector_extra_config"] == {
-        "artifact": str(folder / "prefix.intactkv.safetensors")
+        "artifact": str(folder / "prefix.intactkv")
     }
     calibrated = replace(kv, provenance={**kv.provenance, "calibration": {}}).save(tmp_path / "calibrated")
     assert vllm_arguments(folder, calibrated)
@@ -111,7 +111,7 @@ def test_the_command(folder: Path, kv: IntactKV, tmp_path: Path) -> None:
         vllm_command(str(folder), str(file), check=False, more=["--hf-overrides={}"])
     done = intactkv("serve", folder, "--print")
     assert done.returncode == 1
-    assert "holds no prefix.intactkv.safetensors" in done.stderr
+    assert "holds no prefix.intactkv" in done.stderr
 
 
 def test_serving_without_vllm_says_so(folder: Path, kv: IntactKV, tmp_path: Path, monkeypatch: Any) -> None:

@@ -20,7 +20,7 @@ import psutil
 import pytest
 from engine import Reference, Served, ids, round_
 
-from intactkv import bos, capture
+from intactkv import bos, capture, detach
 from intactkv.checkpoint.load import load_model, load_tokenizer
 from intactkv.demo import MODEL
 
@@ -142,10 +142,11 @@ def test_lm_eval_by_vllm_gives_the_intact_models_figures(demo: Served, tmp_path:
         return [sample["filtered_resps"][0][0] for sample in found["samples"][name]]
 
     model, tokenizer = load_model(demo.model, dtype="float32"), load_tokenizer(demo.model)
-    reference = {
-        attached: values(model=IntactLM(model, tokenizer=tokenizer, kv=IntactKV.load(demo.kv), attached=attached))
-        for attached in (True, False)
-    }
+    reference = {}
+    for attached in (True, False):
+        arm = IntactLM(model, tokenizer=tokenizer, kv=IntactKV.load(demo.kv), attached=attached)
+        reference[attached] = values(model=arm)
+        detach(model)
     script = tmp_path / "run.py"
     script.write_text(SCRIPT)
     job_file = tmp_path / "job.json"

@@ -124,7 +124,7 @@ class IntactKV:
     def from_pretrained(
         cls, source: str | os.PathLike[str], *, revision: str | None = None, device: torch.device | str = "cpu"
     ) -> IntactKV:
-        """Read the artifact of a folder or a Hub repository, `prefix.intactkv.safetensors` in it, or of one file.
+        """Read the artifact of a folder or a Hub repository, `prefix.intactkv` in it, or of one file.
 
         `revision` is a branch, tag or commit on the Hub. Raises `IntactKVError` as `load` does, and where there is no
         such folder, repository or file in it.
@@ -134,7 +134,7 @@ class IntactKV:
         return cls.load(artifact_file(source, revision=revision), device=device)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
-        """Write the artifact to `prefix.intactkv.safetensors` in `folder`, which is made where it is missing.
+        """Write the artifact to `prefix.intactkv` in `folder`, which is made where it is missing.
 
         Raises `IntactKVError` as `save` does.
         """

@@ -15,7 +15,7 @@ from intactkv.error import IntactKVError, first_line
 if TYPE_CHECKING:
     from intactkv.artifact.data import IntactKV
 
-FILE = "prefix.intactkv.safetensors"
+FILE = "prefix.intactkv"  # no *.safetensors: engines take every file of that name in a folder for weights
 
 _CARD = """---
 library_name: intactkv
@@ -48,7 +48,7 @@ def artifact_file(source: str | os.PathLike[str], *, revision: str | None = None
             raise IntactKVError(f"{path} holds no {FILE}; write one with `intactkv capture` or `save_pretrained`")
         return path / FILE
     name = os.fspath(source)
-    if name.count("/") != 1 or path.suffix == ".safetensors" or path.parent.is_dir():
+    if name.count("/") != 1 or path.suffix in (".safetensors", ".intactkv") or path.parent.is_dir():
         raise IntactKVError(
             f"{name} is not a file or folder; write one with `intactkv capture`, or give OWNER/NAME of a repository"
         )

@@ -31,7 +31,7 @@ def files_digest(folder: Path) -> str:
     It tells quantizations and architectures apart, not two fine-tunes of one shape. Raises `IntactKVError` where there
     are no safetensors files.
     """
-    sha, files = sha256(), [path for path in sorted(folder.glob("*.safetensors")) if path.name != FILE]
+    sha, files = sha256(), sorted(folder.glob("*.safetensors"))
     if not files:
         raise IntactKVError(f"{folder} holds no *.safetensors; give the folder of a checkpoint")
     for path in files:

@@ -68,8 +68,7 @@ def attach(model: PreTrainedModel, kv: IntactKV | str | os.PathLike[str], *, che
         )
     if model.config.is_encoder_decoder:
         raise IntactKVError(f"{model.config.model_type} is an encoder-decoder; intact KV needs a decoder-only model")
-    if is_attached(model):
-        raise IntactKVError("the model already has an intact KV attached; call intactkv.detach(model) first")
+    check_detached(model)
     if not isinstance(kv, IntactKV):
         kv = IntactKV.from_pretrained(kv)
     check_fingerprint(kv, model.config)
@@ -91,6 +90,12 @@ def attach(model: PreTrainedModel, kv: IntactKV | str | os.PathLike[str], *, che
 def is_attached(model: PreTrainedModel) -> bool:
     """Whether `model` has an intact KV attached now."""
     return model in _attached
+
+
+def check_detached(model: PreTrainedModel) -> None:
+    """Raise `IntactKVError` for a model with an intact KV attached, which would make every arm the intact one."""
+    if is_attached(model):
+        raise IntactKVError("the model already has an intact KV attached; call intactkv.detach(model) first")
 
 
 def detach(model: PreTrainedModel) -> None:

@@ -73,8 +73,7 @@ def checkpoint_digest(source: str | os.PathLike[str], *, progress: Callable[[int
 def _files(source: str | os.PathLike[str]) -> list[Path]:
     """A folder's or Hub model's configuration and weight files."""
     folder = weights_folder(source)
-    beside = set(folder.glob("*.intactkv.safetensors"))  # an intact KV that `quantize` put there is no weight
-    files = sorted(set(folder.glob("*.safetensors")) - beside) or sorted(folder.glob("*.bin"))
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
     if not files:
         raise IntactKVError(f"{source} holds no weights (*.safetensors or *.bin); give a model's folder or Hub name")
     return [folder / "config.json", *files]

@@ -37,12 +37,12 @@ from intactkv.texts import read_text
 BITS = (4, 3)
 GROUP_SIZE = 128
 WINDOW = 128
-WRITTEN = {"bos.intactkv.safetensors", "demo.json", "kl_by_position.png"}
+WRITTEN = {"bos.intactkv", "demo.json", "kl_by_position.png"}
 PROMPT = "The river rises in the mountains and"
 
 
 def run(out: Path, console: Console) -> None:
-    """Run the demo and write `bos.intactkv.safetensors`, `w4`, `w3`, `demo.json` and `kl_by_position.png` to `out`.
+    """Run the demo and write `bos.intactkv`, `w4`, `w3`, `demo.json` and `kl_by_position.png` to `out`.
 
     Raises `IntactKVError` before any work where `out` holds anything but what an earlier demo wrote.
     """
@@ -60,7 +60,7 @@ def run(out: Path, console: Console) -> None:
     console.print(f"   {pivot_sentence(pivots, WINDOW)}", highlight=False)
 
     kv = capture(full, prefix, tokenizer=tokenizer)
-    kv.save(out / "bos.intactkv.safetensors")
+    kv.save(out / "bos.intactkv")
     console.print(f"2. Captured from the full model: {kv}")
 
     quantized = {}
@@ -93,7 +93,7 @@ def run(out: Path, console: Console) -> None:
             **figures,
         },
     )
-    console.print(f"6. Written: {written}, {picture}, {out / 'bos.intactkv.safetensors'}")
+    console.print(f"6. Written: {written}, {picture}, {out / 'bos.intactkv'}")
 
 
 def _check_ours(out: Path) -> None:

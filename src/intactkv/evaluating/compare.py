@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from intactkv.artifact import IntactKV
-from intactkv.attaching.handle import attach, is_attached
+from intactkv.attaching.handle import attach, check_detached
 from intactkv.error import IntactKVError
 from intactkv.evaluating.metrics import (
     Interval,
@@ -336,10 +336,7 @@ def check_arm(arm: Arm, windows: Windows) -> None:
     check_tokens(arm.model.config, windows.ids, f"a window of arm {arm.name!r}")
     if arm.model.training:
         raise IntactKVError(f"the model of arm {arm.name!r} is in training mode; call model.eval() first")
-    if is_attached(arm.model):
-        raise IntactKVError(
-            f"the model of arm {arm.name!r} has an intact KV attached; remove it and give the arm its kv instead"
-        )
+    check_detached(arm.model)
     check_skip(arm.name, arm.skip, windows)
     if arm.kv is not None:
         check_prefix(arm.name, arm.kv.ids.cpu(), windows)

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from intactkv.artifact import IntactKV
 from intactkv.artifact.digest import weights_digest
-from intactkv.attaching.handle import attach
+from intactkv.attaching.handle import attach, check_detached
 from intactkv.capturing.live import tokenizer_digest
 from intactkv.capturing.prefix import bos
 from intactkv.checkpoint.load import load_model_on, load_tokenizer
@@ -79,6 +79,7 @@ class IntactLM(HFLM):
             tokenizer = pretrained if tokenizer is None else tokenizer
         else:
             name, model = str(pretrained.name_or_path), pretrained
+        check_detached(model)
         if tokenizer is None:
             raise IntactKVError("a loaded model was given without its tokenizer; give tokenizer= too")
         if isinstance(tokenizer, str):

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
 from intactkv.artifact import IntactKV
-from intactkv.attaching.handle import attach
+from intactkv.attaching.handle import attach, check_detached
 from intactkv.error import IntactKVError
 from intactkv.generate import padding, plain_generation
 from intactkv.mtbench.chat import prompt_ids, turn_end
@@ -55,7 +55,8 @@ class Answerer:
     shared: dict[int, int] = field(default_factory=dict)
 
     def check(self, questions: Sequence[Question]) -> None:
-        """Raise `IntactKVError` where a question and its answers do not fit the model's positions."""
+        """Raise `IntactKVError` where questions and answers do not fit the model, or it has a KV attached."""
+        check_detached(self.model)
         limit = most_positions(self.model.config)
         fits: dict[int | str, int] = {}
         for question in questions:

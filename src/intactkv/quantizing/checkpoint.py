@@ -69,7 +69,7 @@ def quantize(
 
         quantize("Llama-3.1-8B", "Llama-3.1-8B-W3", method=GPTQ(bits=3), calibration=text, prefix=bos(tokenizer))
         model = load_model("Llama-3.1-8B-W3")
-        attach(model, IntactKV.load("Llama-3.1-8B-W3/prefix.intactkv.safetensors"))
+        attach(model, IntactKV.load("Llama-3.1-8B-W3/prefix.intactkv"))
 
     `model` is a folder, a name on the Hub, a GGUF file, or a model in memory, and stays as it is. Embeddings and output
     head are not quantized. llm-compressor works in `dtype`, by default the one the model was saved in: in bfloat16 the
