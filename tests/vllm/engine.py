@@ -145,11 +145,9 @@ class Reference:
         from_prompt = log_p[len(prompt) - 1 :]
         want = from_prompt[torch.arange(len(tokens)), tokens]
         worst = float((want - torch.tensor(found["logprobs"])).abs().max())
-        if found["prompt"] is not None:
-            behind = 0 if self.kv is None else len(self.kv)  # at the prefix itself, logits are the artifact's or own
-            told = torch.tensor(found["prompt"])[behind:]
-            own = log_p[:-1][torch.arange(len(prompt) + len(tokens) - 2), (prompt + tokens[:-1])[1:]]
-            worst = max(worst, float((own[behind : len(prompt) - 1] - told).abs().max()))
+        if found["prompt"]:
+            own = log_p[torch.arange(len(prompt) - 1), prompt[1:]]
+            worst = max(worst, float((own - torch.tensor(found["prompt"])).abs().max()))
         assert worst <= within, f"{worst} for a prompt of {len(prompt)} tokens"
         if same:
             assert tokens == from_prompt.argmax(-1).tolist()

@@ -1,4 +1,4 @@
-"""Five thousand mixed requests through one engine: no growth of memory, and every tenth answer is compared."""
+"""Five thousand mixed requests through one engine: no memory that it does not take without the connector."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ def test_five_thousand_requests(chat: Served, tmp_path: Path) -> None:
             asked.append({"ids": prompt, "max_tokens": draw.randrange(1, 7), "prompt": (turn * 500 + i) % 37 == 0})
         rounds.append(asked)
     found = serve(chat.engine(max_num_seqs=64), rounds, tmp_path)
-    assert found.rss[-1] - found.rss[1] < 20 * 2**20, found.rss
+    without = serve({"model": chat.model, "max_num_seqs": 64}, rounds, tmp_path)
+    grown = [(each.rss[-1] - each.rss[1]) / 2**20 for each in (found, without)]
+    assert grown[0] < grown[1] + 20, grown  # MiB: vLLM itself keeps some 70 kB a request in one process
     intact = Reference(chat.model, chat.kv)
     for asked, told in zip(rounds, found.rounds, strict=True):
         for request, answer in list(zip(asked, told, strict=True))[::10]:
-            if len(request["ids"]) > 1 or len(request["ids"]) != len(chat.prefix):
-                intact.check(request, answer, within=2e-5)
+            intact.check(request, answer, within=2e-5)
