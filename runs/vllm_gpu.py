@@ -14,7 +14,9 @@ import argparse
 import json
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -27,6 +29,7 @@ from intactkv import IntactKV, bos, capture, chat_prefix
 from intactkv.artifact.hub import FILE
 from intactkv.checkpoint.load import load_model, load_tokenizer
 from intactkv.demo import MODEL, TEXT
+from intactkv.serving.launch import vllm_arguments
 
 GRAPHS = {"enforce_eager": False}
 ROWS: dict[str, dict[str, Any]] = {
@@ -69,22 +72,44 @@ def apart(model: Path, kv: Path | None, asked: Any, told: Any, behind: int) -> f
     return float(torch.cat([reference.apart(r, a, behind=behind) for r, a in pairs]).mean())
 
 
-def row(name: str, settings: dict[str, Any], served: Served, folder: Path) -> dict[str, Any]:
+class Engines:
+    """What engines answered, each asked once: rows that differ in the connector's mode share the engine without it."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._known, self._lock = folder, dict[str, Any](), Lock()
+        self._locks: dict[str, Lock] = {}
+
+    def ask(self, engine: dict[str, Any], rounds: Any) -> Any:
+        """The answers, or what the engine said before it died."""
+        key = json.dumps([engine, rounds], default=str)
+        with self._lock:
+            lock = self._locks.setdefault(key, Lock())
+        with lock:
+            if key not in self._known:
+                out = self._folder / f"{len(self._locks)}-{id(lock)}.json"
+                memory = {"gpu_memory_utilization": 0.25} if torch.cuda.is_available() else {}
+                done = process({**engine, **memory}, rounds, out, VLLM_USE_FLASHINFER_SAMPLER="0")
+                said = json.loads(out.read_text()) if out.exists() else (done.stdout + done.stderr)[-1500:]
+                self._known[key] = said
+            return self._known[key]
+
+
+def row(name: str, settings: dict[str, Any], served: Served, engines: Engines) -> dict[str, Any]:
     """One engine's figures."""
-    asked, settings = requests(served.prefix), {"dtype": "bfloat16", "block_size": 16, "max_model_len": 512, **settings}
+    asked, settings = requests(served.prefix), {"dtype": "bfloat16", "block_size": 32, "max_model_len": 512, **settings}
     mode = settings.pop("mode", "auto")
     found: dict[str, Any] = {"row": name, "prefix": len(served.prefix)}
-    scored = asked if mode != "external" else [asked[1], asked[1], asked[2]]
-    answers = {}
-    for arm, engine in (("with", with_kv(served.model, served.kv, mode=mode, **settings)),
-                        ("without", {"model": served.model, **settings})):  # fmt: skip
-        out = folder / f"{len(list(folder.iterdir()))}.json"
-        done = process({**engine, "gpu_memory_utilization": 0.3}, scored, out, VLLM_USE_FLASHINFER_SAMPLER="0")
-        if not out.exists():
-            return {**found, "error": (done.stdout + done.stderr)[-1500:]}
-        answers[arm] = json.loads(out.read_text())
+    overrides = vllm_arguments(served.model, served.kv, check=False)
+    plain = {"model": served.model, **settings, **{k: v for k, v in overrides.items() if k == "hf_overrides"}}
+    answers = {
+        "with": engines.ask(with_kv(served.model, served.kv, mode=mode, **settings), asked),
+        "without": engines.ask(plain, asked),
+    }
+    for arm, said in answers.items():
+        if isinstance(said, str):
+            return {**found, "error": f"{arm}: {said}"}
     length = len(served.prefix)
-    if mode != "external":
+    if mode != "external":  # by which scored prompts are not served
         told = answers["with"]["rounds"]
         found["intact"] = apart(served.model, served.kv, asked, told, length)
         found["effect"] = apart(served.model, None, asked, told, length)
@@ -105,24 +130,27 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--checkpoint", type=Path)
     parser.add_argument("--two", action="store_true")
-    parser.add_argument("--only", help="rows whose names hold this")
+    parser.add_argument("--only", default="", help="rows whose names hold this")
+    parser.add_argument("--at-once", type=int, default=1, help="engines that run at the same time")
     given = parser.parse_args()
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
         models = {prefix: made(Path(scratch), prefix) for prefix in ("bos", "chat")}
-        jobs = [(name, of, models[p]) for p in models for name, of in {**ROWS, **(TWO if given.two else {})}.items()]
+        jobs = [(name, of, models["chat"]) for name, of in {**ROWS, **(TWO if given.two else {})}.items()]
+        jobs += [
+            (name, ROWS[name], models["bos"])
+            for name in ("compiled, full and piecewise graphs", "full graphs, fp8 cache")
+        ]
         if given.checkpoint is not None:
             kv = IntactKV.load(given.checkpoint / FILE)
             own = Served(MODEL, given.checkpoint, given.checkpoint / FILE, kv.ids.tolist())
             jobs.append(("int4 made for its prefix, graphs", GRAPHS, own))
-        for i, (name, settings, served) in enumerate(jobs):
-            if given.only and given.only not in name:
-                continue
-            folder = Path(scratch) / str(i)
-            folder.mkdir()
-            rows.append(row(name, settings, served, folder))
-            print(json.dumps(rows[-1]), flush=True)
-            given.out.write_text(json.dumps(rows, indent=1))
+        jobs, engines = [job for job in jobs if given.only in job[0]], Engines(Path(scratch))
+        with ThreadPoolExecutor(given.at_once) as pool:
+            for found in as_completed([pool.submit(row, *job, engines) for job in jobs]):
+                rows.append(found.result())
+                print(json.dumps(rows[-1]), flush=True)
+                given.out.write_text(json.dumps(rows, indent=1))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What the connector costs in vLLM: two engines, with it and without, take turns; ratios of medians over rounds.
 
-    .venv-vllm/bin/python benchmarks/vllm.py --model MODEL --kv KV --out FILE.json [--engine '{"dtype": …}']
+    .venv-vllm/bin/python benchmarks/serve_vllm.py --model MODEL --kv KV --out FILE.json [--engine '{"dtype": …}']
 
 Throughput is of batches of prompts that all begin with the prefix, time to first token of one such prompt alone. On a
 GPU the host's synchronizations and copies in decoding steps are counted as well, by torch's profiler.
@@ -31,9 +31,7 @@ def engine(settings: dict[str, Any]) -> None:
 
     began = perf_counter()
     llm = LLM(**settings)
-    say, sys.stdout = sys.stdout, sys.stderr
-    say.write(json.dumps({"started": perf_counter() - began}) + "\n")
-    say.flush()
+    print("\n" + json.dumps({"started": perf_counter() - began}), flush=True)  # between lines of vLLM's log
     for line in sys.stdin:
         asked = json.loads(line)
         sampling = SamplingParams(temperature=0, max_tokens=asked["tokens"], ignore_eos=True, detokenize=False)
@@ -44,8 +42,7 @@ def engine(settings: dict[str, Any]) -> None:
             began = perf_counter()
             llm.generate(prompts, sampling, use_tqdm=False)
             told = {"seconds": perf_counter() - began}
-        say.write(json.dumps(told) + "\n")
-        say.flush()
+        print("\n" + json.dumps(told), flush=True)
 
 
 def _profiled(llm: Any, prompts: Any, sampling: Any) -> dict[str, int]:
@@ -68,13 +65,34 @@ def _profiled(llm: Any, prompts: Any, sampling: Any) -> dict[str, int]:
     return {name: counts.get(name, 0) for name in names}
 
 
+def shaped(length: int) -> tuple[str, str]:
+    """A folder with Llama 3 8B's configuration, and an artifact of random rows for it."""
+    from tempfile import mkdtemp
+
+    import torch
+    from transformers import LlamaConfig
+
+    from intactkv import IntactKV
+    from intactkv.artifact.fingerprint import fingerprint
+
+    folder = Path(mkdtemp())
+    config = LlamaConfig(
+        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=8, max_position_embeddings=8192, architectures=["LlamaForCausalLM"], dtype="bfloat16",
+    )  # fmt: skip
+    config.save_pretrained(folder)
+    layers = {i: (torch.randn(8, length, 128), torch.randn(8, length, 128)) for i in range(32)}
+    kv = IntactKV(torch.arange(3, 3 + length), layers, None, fingerprint(config))
+    return str(folder), str(kv.save(folder / "random.intactkv"))
+
+
 class Child:
     """An engine in a process of its own."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
         self._process = subprocess.Popen(
             [sys.executable, __file__, "--child", json.dumps(settings)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL, text=True,
+            text=True,
         )  # fmt: skip
         self.started = self._read()["started"]
 
@@ -109,6 +127,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--mode", default="auto")
     parser.add_argument("--engine", default="{}")
+    parser.add_argument("--starts", type=int, default=3, help="how often each engine is started")
+    parser.add_argument("--shape", type=int, metavar="P", help="an 8B's shape with random weights, and so many tokens")
     given = parser.parse_args()
     if given.child:
         engine(json.loads(given.child))
@@ -116,20 +136,25 @@ def main() -> None:
     from intactkv import IntactKV
     from intactkv.serving.launch import vllm_arguments
 
+    if given.shape:
+        given.model, given.kv = shaped(given.shape)
     prefix = IntactKV.load(given.kv).ids.tolist()
-    settings = {"model": given.model, "skip_tokenizer_init": True, "max_model_len": 1024, "seed": 0,
-                "enable_prefix_caching": False, **json.loads(given.engine)}  # fmt: skip
+    settings = {
+        "model": given.model, "skip_tokenizer_init": True, "max_model_len": 1024, "seed": 0,
+        "enable_prefix_caching": False, **({"load_format": "dummy"} if given.shape else {}), **json.loads(given.engine),
+    }  # fmt: skip
     told = vllm_arguments(given.model, given.kv, mode=given.mode, check=False)
     overrides = {"hf_overrides": told["hf_overrides"]} if "hf_overrides" in told else {}
     arms = {"without": {**settings, **overrides}, "with": {**settings, **told}}
-    children, started = {}, {name: [] for name in arms}
-    for turn in range(3):  # starting is timed alone, in turns
+    children: dict[str, Child] = {}
+    started: dict[str, list[float]] = {name: [] for name in arms}
+    for turn in range(given.starts):  # starting is timed alone, in turns
         for name in arms if turn % 2 == 0 else reversed(arms):
             if name in children:
                 children.pop(name).close()
             child = Child(arms[name])
             started[name].append(child.started)
-            if turn < 2:
+            if turn < given.starts - 1:
                 child.close()
             else:
                 children[name] = child
