@@ -164,6 +164,7 @@ def main() -> None:
         return [prefix + [rng.randrange(3, 400) for _ in range(given.prompt)] for _ in range(count)]
 
     ratios: dict[str, list[float]] = {"throughput": [], "time to first token": []}
+    firsts: list[dict[str, float]] = []
     for turn in range(given.rounds + 1):
         batch, alone = prompts(given.batch), [prompts(1) for _ in range(10)]
         seconds: dict[str, dict[str, float]] = {}
@@ -172,6 +173,7 @@ def main() -> None:
             first = median(children[name].ask(prompts=one, tokens=1)["seconds"] for one in alone)
             seconds[name] = {"throughput": whole, "time to first token": first}
         if turn:  # the first round warms up
+            firsts.append({name: of["time to first token"] for name, of in seconds.items()})
             ratios["throughput"].append(seconds["without"]["throughput"] / seconds["with"]["throughput"])
             ratios["time to first token"].append(
                 seconds["with"]["time to first token"] / seconds["without"]["time to first token"]
@@ -186,6 +188,9 @@ def main() -> None:
     found = {
         **{name: {"median": median(of), "low": min(of), "high": max(of)} for name, of in ratios.items()},
         "start-up, s more": median(started["with"]) - median(started["without"]),
+        "milliseconds to the first token": {
+            name: 1000 * median(each[name] for each in firsts) for name in arms
+        },
         "started, s": started, "counts": counts, "tokens/s": given.batch * given.tokens / seconds["with"]["throughput"],
         "arguments": {name: value for name, value in vars(given).items() if name not in ("child", "out")},
     }  # fmt: skip

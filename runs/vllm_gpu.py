@@ -1,6 +1,6 @@
 """The connector's core rows on a GPU, where attention and caches have half the precision: each row against two floors.
 
-    python runs/vllm_gpu.py --out rows.json [--checkpoint FOLDER by `intactkv quantize`] [--two]   (--two: two cards)
+    python runs/vllm_gpu.py --out rows.json [--checkpoint FOLDER by `intactkv quantize`] [--cards 2]
 
 Of the prompts' tokens behind the prefix, how far vLLM's log-probabilities are from transformers' in float32, mean over
 tokens: with the KV from the intact model's (`intact`), without it from the plain model's (`floor`: what bfloat16, fp8
@@ -16,6 +16,7 @@ import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+from queue import Queue
 from threading import Lock
 from typing import Any
 
@@ -75,9 +76,13 @@ def apart(model: Path, kv: Path | None, asked: Any, told: Any, behind: int) -> f
 class Engines:
     """What engines answered, each asked once: rows that differ in the connector's mode share the engine without it."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, cards: int) -> None:
         self._folder, self._known, self._lock = folder, dict[str, Any](), Lock()
         self._locks: dict[str, Lock] = {}
+        self._cards: Queue[int] = Queue()
+        self.compared = Lock()
+        for card in range(cards):
+            self._cards.put(card)
 
     def ask(self, engine: dict[str, Any], rounds: Any) -> Any:
         """The answers, or what the engine said before it died."""
@@ -87,8 +92,13 @@ class Engines:
         with lock:
             if key not in self._known:
                 out = self._folder / f"{len(self._locks)}-{id(lock)}.json"
-                memory = {"gpu_memory_utilization": 0.25} if torch.cuda.is_available() else {}
-                done = process({**engine, **memory}, rounds, out, VLLM_USE_FLASHINFER_SAMPLER="0")
+                env, card = {"VLLM_USE_FLASHINFER_SAMPLER": "0"}, None
+                if torch.cuda.is_available() and "tensor_parallel_size" not in engine:  # one engine on a card at a time
+                    card = self._cards.get()
+                    env["CUDA_VISIBLE_DEVICES"] = str(card)
+                done = process(engine, rounds, out, **env)
+                if card is not None:
+                    self._cards.put(card)
                 said = json.loads(out.read_text()) if out.exists() else (done.stdout + done.stderr)[-1500:]
                 self._known[key] = said
             return self._known[key]
@@ -108,6 +118,13 @@ def row(name: str, settings: dict[str, Any], served: Served, engines: Engines) -
     for arm, said in answers.items():
         if isinstance(said, str):
             return {**found, "error": f"{arm}: {said}"}
+    with engines.compared:  # transformers loads one model at a time: two threads' loads end in one another's
+        return {**found, **compared(asked, answers, served, mode)}
+
+
+def compared(asked: Any, answers: dict[str, Any], served: Served, mode: str) -> dict[str, Any]:
+    """The answers against transformers'."""
+    found: dict[str, Any] = {}
     length = len(served.prefix)
     if mode != "external":  # by which scored prompts are not served
         told = answers["with"]["rounds"]
@@ -129,14 +146,13 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--checkpoint", type=Path)
-    parser.add_argument("--two", action="store_true")
     parser.add_argument("--only", default="", help="rows whose names hold this")
-    parser.add_argument("--at-once", type=int, default=1, help="engines that run at the same time")
+    parser.add_argument("--cards", type=int, default=1, help="engines that run at the same time, each on a card")
     given = parser.parse_args()
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
         models = {prefix: made(Path(scratch), prefix) for prefix in ("bos", "chat")}
-        jobs = [(name, of, models["chat"]) for name, of in {**ROWS, **(TWO if given.two else {})}.items()]
+        jobs = [(name, of, models["chat"]) for name, of in {**ROWS, **(TWO if given.cards > 1 else {})}.items()]
         jobs += [
             (name, ROWS[name], models["bos"])
             for name in ("compiled, full and piecewise graphs", "full graphs, fp8 cache")
@@ -145,8 +161,8 @@ def main() -> None:
             kv = IntactKV.load(given.checkpoint / FILE)
             own = Served(MODEL, given.checkpoint, given.checkpoint / FILE, kv.ids.tolist())
             jobs.append(("int4 made for its prefix, graphs", GRAPHS, own))
-        jobs, engines = [job for job in jobs if given.only in job[0]], Engines(Path(scratch))
-        with ThreadPoolExecutor(given.at_once) as pool:
+        jobs, engines = [job for job in jobs if given.only in job[0]], Engines(Path(scratch), given.cards)
+        with ThreadPoolExecutor(given.cards) as pool:
             for found in as_completed([pool.submit(row, *job, engines) for job in jobs]):
                 rows.append(found.result())
                 print(json.dumps(rows[-1]), flush=True)

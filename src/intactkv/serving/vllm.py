@@ -14,7 +14,7 @@ Layers that keep states (Mamba) are served with their own; LoRA and prompt embed
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ from vllm.v1.metrics.utils import create_metric_per_engine
 from intactkv.artifact import IntactKV
 from intactkv.artifact.fingerprint import check_fingerprint
 from intactkv.artifact.served import refuse_unchecked
-from intactkv.error import IntactKVError
+from intactkv.error import IntactKVError, first_line
 from intactkv.serving.layout import Ledger, Plan, Rows, Scheduled, Step, head_slice
 
 logger = init_logger(__name__)
@@ -243,6 +243,47 @@ class _Layer:
     value: Tensor
 
 
+class Replay:
+    """The writes of all layers as one CUDA graph, so that a prompt alone does not wait for a launch per layer.
+
+    It writes whole prefixes, as many as fit into `ROOM` rows; a row whose slot is -1 is left out by every backend's
+    writer, as vLLM's own padding is.
+    """
+
+    ROOM = 256
+
+    def __init__(self, layers: Sequence[_Layer], block_sizes: Sequence[int]) -> None:
+        self._length, device = len(layers[0].key), layers[0].key.device
+        self._block_sizes, self._copies = block_sizes, max(1, self.ROOM // self._length)
+        rows = self._copies * self._length
+        self._slots = torch.full((len(block_sizes), rows), -1, dtype=torch.int64, device=device)
+        self._rows = [(x, x.key.repeat(self._copies, 1, 1), x.value.repeat(self._copies, 1, 1)) for x in layers]
+        side = torch.cuda.Stream(device)
+        side.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(side):  # kernels are compiled, and nothing is written
+            self._write()
+        torch.cuda.current_stream(device).wait_stream(side)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._write()
+
+    def __call__(self, requests: Sequence[Rows]) -> None:
+        """Write the rows of some requests."""
+        for first in range(0, len(requests), self._copies):
+            slots = [[-1] * self._slots.shape[1] for _ in self._block_sizes]
+            for i, rows in enumerate(requests[first : first + self._copies]):
+                for group, size in enumerate(self._block_sizes):
+                    for position, slot in rows.slots(group, size):
+                        slots[group][i * self._length + position] = slot
+            self._slots.copy_(torch.tensor(slots, pin_memory=True), non_blocking=True)
+            self._graph.replay()
+
+    def _write(self) -> None:
+        for layer, key, value in self._rows:
+            slots = self._slots[layer.group]
+            layer.module.impl.do_kv_cache_update(layer.module, key, value, layer.module.kv_cache, slots)
+
+
 class Worker:
     """One worker's side: the artifact's rows on its device, and what a step writes of them."""
 
@@ -253,7 +294,8 @@ class Worker:
         self._layers: dict[str, _Layer] = {}
         self._ledger = Ledger(())
         self._step = Step()
-        self._during: list[tuple[Tensor, Tensor]] = []
+        self._during: list[tuple[Tensor | slice, Tensor]] = []
+        self._replay: Replay | None = None
         self._stats = IntactKVStats()
 
     @property
@@ -287,7 +329,13 @@ class Worker:
                     f"{tuple(key.shape[1:])}; give the artifact of this model"
                 )
             self._layers[name] = _Layer(module, self._group_of[name], key, value)
-        self._ledger = Ledger(self._layers)
+        self._ledger, self._replay = Ledger(self._layers), None
+        layers = list(self._layers.values())
+        if layers and layers[0].key.is_cuda and {layer.group for layer in layers} == set(range(len(self._block_sizes))):
+            try:
+                self._replay = Replay(layers, self._block_sizes)
+            except RuntimeError as error:
+                logger.warning("rows are written layer by layer, not by a CUDA graph (%s)", first_line(error))
 
     def begin(self, step: Step) -> None:
         """Take a step's rows."""
@@ -301,9 +349,12 @@ class Worker:
         rows, self._step = self._step.before, Step((), self._step.during)
         if not rows:
             return
-        places = self._places(rows)
-        for layer in self._layers.values():
-            _write(layer, places)
+        if self._replay is not None:
+            self._replay(rows)
+        else:
+            places = self._places(rows)
+            for layer in self._layers.values():
+                _write(layer, places)
         self._stats.data["external"] += sum(each.end - each.begin for each in rows)
 
     def during(self, name: str) -> None:
@@ -329,21 +380,25 @@ class Worker:
         found, self._stats = self._stats, IntactKVStats()
         return found
 
-    def _places(self, rows: Iterable[Rows]) -> list[tuple[Tensor, Tensor]]:
+    def _places(self, rows: Sequence[Rows]) -> list[tuple[Tensor | slice, Tensor]]:
         """For every cache group, positions in the prefix and slots in the cache, on the device."""
-        device = next(iter(self._layers.values())).key.device if self._layers else torch.device("cpu")
-        found = []
-        served = {layer.group for layer in self._layers.values()}
+        served = {layer.group: layer.key.device for layer in self._layers.values()}
+        found: list[tuple[Tensor | slice, Tensor]] = []
         for group, size in enumerate(self._block_sizes):
-            pairs = [pair for each in rows for pair in each.slots(group, size)] if group in served else []
-            both = torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2).t().contiguous()
-            if device.type == "cuda":
-                both = both.pin_memory().to(device, non_blocking=True)
-            found.append((both[0], both[1]))
+            if group not in served:
+                found.append((slice(0), torch.empty(0, dtype=torch.int64)))
+                continue
+            pairs = [pair for each in rows for pair in each.slots(group, size)]
+            first, count = pairs[0][0] if pairs else 0, len(pairs)
+            run = [position for position, _ in pairs] == list(range(first, first + count))
+            device = served[group]
+            told = [[slot for _, slot in pairs]] + ([] if run else [[position for position, _ in pairs]])
+            both = torch.tensor(told, dtype=torch.int64, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+            found.append((slice(first, first + count) if run else both[1], both[0]))
         return found
 
 
-def _write(layer: _Layer, places: Sequence[tuple[Tensor, Tensor]]) -> None:
+def _write(layer: _Layer, places: Sequence[tuple[Tensor | slice, Tensor]]) -> None:
     position, slot = places[layer.group]
     if len(slot):
         layer.module.impl.do_kv_cache_update(
