@@ -178,6 +178,7 @@ def main() -> None:
             ratios["time to first token"].append(
                 seconds["with"]["time to first token"] / seconds["without"]["time to first token"]
             )
+            print(f"round {turn}:", {name: round(values[-1], 3) for name, values in ratios.items()}, flush=True)
     import torch
 
     counts = None

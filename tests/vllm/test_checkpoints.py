@@ -1,7 +1,7 @@
 """Checkpoints and models that are not made here: what `intactkv quantize` wrote, and SmolLM2, where they are named.
 
 INTACTKV_CHECKPOINTS=FOLDER   every folder in it was written by `quantize` with a prefix
-INTACTKV_MODEL=FOLDER         a full model with its tokenizer, such as SmolLM2
+INTACTKV_MODELS=FOLDER:…      full models with their tokenizers, such as SmolLM2
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from intactkv.checkpoint.load import load_model, load_tokenizer
 from intactkv.serving.launch import vllm_arguments
 
 MADE = os.environ.get("INTACTKV_CHECKPOINTS")
-MODEL = os.environ.get("INTACTKV_MODEL")
+MODELS = os.environ.get("INTACTKV_MODELS")
 
 
 @pytest.mark.skipif(MADE is None, reason="INTACTKV_CHECKPOINTS names no folder of checkpoints by `intactkv quantize`")
@@ -38,15 +38,16 @@ def test_a_quantized_checkpoint_with_the_kv_it_was_made_for(folder: Path, tmp_pa
     assert apart["intact"] < 0.5 * apart["plain"], apart
 
 
-@pytest.mark.skipif(MODEL is None, reason="INTACTKV_MODEL names no full model")
+@pytest.mark.skipif(MODELS is None, reason="INTACTKV_MODELS names no full model")
+@pytest.mark.parametrize("source", MODELS.split(os.pathsep) if MODELS else [], ids=lambda path: Path(path).parent.name)
 @pytest.mark.parametrize("kind", ["bos", "chat"])
-def test_a_real_model_at_three_bits(kind: str, tmp_path: Path) -> None:
-    full, tokenizer = load_model(str(MODEL), dtype="float32"), load_tokenizer(str(MODEL))
+def test_a_real_model_at_four_bits(source: str, kind: str, tmp_path: Path) -> None:
+    full, tokenizer = load_model(source, dtype="float32"), load_tokenizer(source)
     prefix = bos(tokenizer) if kind == "bos" else chat_prefix(tokenizer, system="You are a helpful assistant.")
     kv = capture(full, prefix, logits=False).save(tmp_path / "kv")
     round_(full, bits=4)
     full.save_pretrained(tmp_path / "w4")
-    served = Served(Path(str(MODEL)), tmp_path / "w4", kv, prefix)
+    served = Served(Path(source), tmp_path / "w4", kv, prefix)
     text = "The harbour was quiet that morning, and the boats that had come in overnight lay close together."
     told: list[int] = tokenizer(text, add_special_tokens=False).input_ids
     rounds: list[list[dict[str, Any]]] = [
