@@ -34,7 +34,19 @@ def test_the_readme_has_exactly_two_commands() -> None:
     assert len(re.findall(r"^```sh$", README, re.MULTILINE)) == 2
 
 
-COMMANDS = ["capture", "quantize", "check", "eval", "mtbench", "calibrate", "generate", "serve", "doctor", "demo"]
+COMMANDS = [
+    "capture",
+    "quantize",
+    "check",
+    "eval",
+    "mtbench",
+    "calibrate",
+    "generate",
+    "serve",
+    "export",
+    "doctor",
+    "demo",
+]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

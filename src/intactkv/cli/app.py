@@ -12,7 +12,20 @@ from typing import Annotated
 
 import typer
 
-from intactkv.cli import calibrate, capture, check, demo, doctor, evaluate, generate, harness, mtbench, quantize, serve
+from intactkv.cli import (
+    calibrate,
+    capture,
+    check,
+    demo,
+    doctor,
+    evaluate,
+    export,
+    generate,
+    harness,
+    mtbench,
+    quantize,
+    serve,
+)
 from intactkv.cli.options import console, warn
 from intactkv.error import IntactKVError, first_line
 from intactkv.screen import Screen
@@ -38,6 +51,7 @@ app.command("tasks")(harness.tasks_command)
 app.command("compare")(harness.compare_command)
 app.command("generate")(generate.generate_command)
 app.command("serve", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(serve.serve_command)
+app.command("export")(export.export_command)
 app.command("doctor")(doctor.doctor_command)
 app.command("demo")(demo.demo_command)
 
