@@ -1,0 +1,90 @@
+"""A prompt cache for MLX-LM, from an artifact: what `mlx_lm.generate --prompt-cache-file` begins with.
+
+The file is written by mlx-lm's own function, whose layout changes from version to version: 0.31 and 0.32 do not read
+each other's. Keys are as transformers has them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from intactkv.artifact import IntactKV
+from intactkv.error import IntactKVError
+from intactkv.files import check_outputs, replacing
+
+_LIMIT = 0.75  # in the layer where they are closest; rounding to 2 bits leaves 0.5, another basis or model 1 and more
+
+
+def write_prompt_cache(
+    kv: IntactKV, model: str | os.PathLike[str], path: str | os.PathLike[str], *, check: bool = True
+) -> Path:
+    """Write `kv` to `path` (`.safetensors`) as the prompt cache of `model`, a folder or Hub name that mlx-lm loads.
+
+    The prompt that follows must not hold the prefix again. Raises `IntactKVError` where mlx-lm is missing, for a model
+    with other layers or shapes, or whose layers keep states, and, unless `check` is False, for one whose own keys and
+    values of the prefix are in another basis.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise IntactKVError(f"{path} must end in .safetensors, which MLX would add to it")
+    check_outputs(path)
+    try:
+        import mlx.core as mx
+        from mlx_lm import load
+        from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache, save_prompt_cache
+    except ImportError as error:
+        raise IntactKVError("this needs mlx-lm: pip install mlx-lm (with mlx[cpu] on Linux)") from error
+    loaded: Any = load(os.fspath(model))[0]
+    own: list[Any] = make_prompt_cache(loaded)
+    if len(own) != len(kv.layers) or any(not isinstance(each, KVCache | RotatingKVCache) for each in own):
+        raise IntactKVError(
+            f"{model} has {len(own)} layers with caches of its own kinds, the intact KV {len(kv.layers)} of keys and "
+            "values; give the artifact of this model"
+        )
+    loaded(mx.array(kv.ids[None].tolist()), cache=own)
+    pairs = {i: (_torch(each.keys, len(kv)), _torch(each.values, len(kv))) for i, each in enumerate(own)}
+    _compare(kv, pairs, str(model), check)
+    made: list[Any] = make_prompt_cache(loaded)
+    for i, each in enumerate(made):
+        key, value = (mx.array(x[None].float().cpu().numpy()).astype(own[i].keys.dtype) for x in kv.layers[i])
+        each.update_and_fetch(key, value)
+    about = {"model": os.fspath(model), "tokenizer_config": json.dumps({"trust_remote_code": False})}
+    with replacing(path) as temporary:
+        written = temporary.with_name(f"{temporary.name}.safetensors")  # MLX adds it
+        save_prompt_cache(str(written), made, about)
+        os.replace(written, temporary)
+    return path
+
+
+def _compare(kv: IntactKV, own: dict[int, tuple[Tensor, Tensor]], model: str, check: bool) -> None:
+    for part, name in enumerate(("keys", "values")):
+        errors = {}
+        for i, pair in kv.layers.items():
+            if own[i][part].shape != pair[part].shape:
+                raise IntactKVError(
+                    f"layer {i} of {model} has {name} of shape {tuple(own[i][part].shape)}, the intact KV "
+                    f"{tuple(pair[part].shape)}; give the artifact of this model"
+                )
+            intact = pair[part].float().cpu()
+            errors[i] = float((own[i][part] - intact).norm() / intact.norm().clamp(min=1e-30))
+        closest = min(errors, key=errors.__getitem__)
+        if check and errors[closest] > _LIMIT:
+            raise IntactKVError(
+                f"{model}'s own {name} of the prefix differ from the intact ones by {100 * errors[closest]:.0f} % even "
+                f"in the closest layer, {closest} (rounding leaves less than {100 * _LIMIT:.0f} %): another basis or "
+                "model; give the artifact of this one, or pass check=False (--unchecked) if you know better"
+            )
+
+
+def _torch(states: Any, length: int) -> Tensor:
+    """The first `length` rows `(head, token, dim)` of MLX's `(1, head, token, dim)`, which may have more room."""
+    import mlx.core as mx
+    import numpy as np
+
+    return torch.from_numpy(np.array(states[0, :, :length].astype(mx.float32)))
