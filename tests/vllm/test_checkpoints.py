@@ -14,7 +14,7 @@ import pytest
 import torch
 from engine import Reference, Served, ids, round_, serve
 
-from intactkv import IntactKV, bos, capture, chat_prefix
+from intactkv import IntactKV, bos, capture, chat_prefix, text_prefix
 from intactkv.artifact.hub import FILE
 from intactkv.checkpoint.load import load_model, load_tokenizer
 from intactkv.serving.launch import vllm_arguments
@@ -40,10 +40,14 @@ def test_a_quantized_checkpoint_with_the_kv_it_was_made_for(folder: Path, tmp_pa
 
 @pytest.mark.skipif(MODELS is None, reason="INTACTKV_MODELS names no full model")
 @pytest.mark.parametrize("source", MODELS.split(os.pathsep) if MODELS else [], ids=lambda path: Path(path).parent.name)
-@pytest.mark.parametrize("kind", ["bos", "chat"])
+@pytest.mark.parametrize("kind", ["bos", "longer"])
 def test_a_real_model_at_four_bits(source: str, kind: str, tmp_path: Path) -> None:
     full, tokenizer = load_model(source, dtype="float32"), load_tokenizer(source)
-    prefix = bos(tokenizer) if kind == "bos" else chat_prefix(tokenizer, system="You are a helpful assistant.")
+    prefix = bos(tokenizer)
+    if kind == "longer":
+        words = "You are a helpful assistant."
+        chats = tokenizer.chat_template is not None
+        prefix = chat_prefix(tokenizer, system=words) if chats else text_prefix(tokenizer, words)
     kv = capture(full, prefix, logits=False).save(tmp_path / "kv")
     round_(full, bits=4)
     full.save_pretrained(tmp_path / "w4")
