@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from engine import Reference, Served, ids, process, serve, with_kv
 from transformers import AutoModelForCausalLM
 
-from intactkv import capture
+from intactkv import IntactKV, IntactKVError, capture
 
 WITHIN = 1e-5  # of a log-probability, in float32
 PLAIN = 1e-2  # what plain and intact differ by at least, or a row tests nothing
@@ -204,3 +205,40 @@ def test_a_checkpoint_made_for_its_prefix_is_not_served_without_it(chat: Served,
     assert "LlamaForCausalLMNeedsIntactKV" in done.stdout + done.stderr
     rounds = [[{"ids": chat.prefix + ids(9, seed=1)}]]
     check(chat, serve(with_kv(marked, chat.kv), rounds, tmp_path), rounds)
+
+
+def test_another_artifact_on_a_worker_or_a_layer_without_one_ends_the_start(chat: Served) -> None:
+    from intactkv.serving.vllm import IntactKVConnector, IntactKVHandshake
+
+    connector = object.__new__(IntactKVConnector)
+    connector.kv = IntactKV.load(chat.kv)
+    own = connector.kv.digest
+    connector.set_xfer_handshake_metadata_pp_aware(
+        {(0, 0): IntactKVHandshake(own, (0, 1)), (1, 0): IntactKVHandshake(own, (2,))}
+    )
+    with pytest.raises(IntactKVError, match=r"the worker of rank \(0, 1\) has an intact KV of digest 00"):
+        connector.set_xfer_handshake_metadata_pp_aware({(0, 1): IntactKVHandshake("0" * 64, (0, 1, 2))})
+    with pytest.raises(IntactKVError, match=r"no worker has the layers \[2\]"):
+        connector.set_xfer_handshake_metadata_pp_aware({(0, 0): IntactKVHandshake(own, (0, 1))})
+
+
+@pytest.mark.parametrize(
+    ("model", "parallel", "sentence"),
+    [
+        ({"use_mla": True}, {}, "keeps a latent"),
+        ({"is_encoder_decoder": True}, {}, "has an encoder"),
+        ({}, {"decode_context_parallel_size": 2}, "decode_context_parallel_size=2 spreads one prefix over ranks"),
+        ({}, {"prefill_context_parallel_size": 4}, "prefill_context_parallel_size=4"),
+    ],
+)
+def test_engines_that_keep_other_things_are_refused(
+    chat: Served, model: dict[str, Any], parallel: dict[str, Any], sentence: str
+) -> None:
+    from intactkv.serving.vllm import check_engine
+
+    config = SimpleNamespace(
+        model_config=SimpleNamespace(**{"use_mla": False, "is_encoder_decoder": False, **model}),
+        parallel_config=SimpleNamespace(**parallel),
+    )
+    with pytest.raises(IntactKVError, match=sentence):
+        check_engine(config, IntactKV.load(chat.kv), check=False)  # type: ignore[arg-type]
