@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -119,3 +122,27 @@ def test_serving_without_vllm_says_so(folder: Path, kv: IntactKV, tmp_path: Path
     monkeypatch.setenv("PATH", "")
     done = intactkv("serve", folder, "--kv", file, "--unchecked")
     assert (done.returncode, "vllm is not installed here" in done.stderr) == (1, True)
+
+
+def test_a_checkpoint_on_the_hub_is_served_as_its_folder_says(folder: Path, kv: IntactKV, tmp_path: Path) -> None:
+    (folder / "intactkv.json").write_text(json.dumps({"prefix": PREFIX}))
+    kv.save_pretrained(folder)
+    mark_needing(folder)
+    cache = tmp_path / "hub" / "models--a--b"
+    (cache / "refs").mkdir(parents=True)
+    (cache / "refs" / "main").write_text("1" * 40)
+    (cache / "snapshots").mkdir()
+    folder.rename(cache / "snapshots" / ("1" * 40))
+    env = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+
+    def run(name: str) -> Any:  # huggingface_hub reads its environment once
+        command = [sys.executable, "-m", "intactkv.cli", "serve", name, "--print"]
+        return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+
+    done = run("a/b")
+    assert done.returncode == 0, done.stderr
+    command = shlex.split(done.stdout)
+    assert command[:3] == ["vllm", "serve", "a/b"]
+    assert json.loads(command[command.index("--hf-overrides") + 1]) == {"architectures": ["LlamaForCausalLM"]}
+    done = run("a/c")
+    assert (done.returncode, "a/c is no folder here and was not found on the Hub" in done.stderr) == (1, True)

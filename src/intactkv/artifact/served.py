@@ -8,14 +8,18 @@ down with which files it did.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
+
 from intactkv.artifact.hub import FILE
-from intactkv.error import IntactKVError
+from intactkv.error import IntactKVError, first_line
 from intactkv.files import write_atomically
 
 if TYPE_CHECKING:
@@ -23,6 +27,22 @@ if TYPE_CHECKING:
 
 RECIPE = "intactkv.json"  # what `quantize` says of a checkpoint, in its folder
 NEEDS = "NeedsIntactKV"  # behind an architecture's name: engines know no such model, and refuse it with this word
+
+
+def checkpoint_folder(source: str | os.PathLike[str], revision: str | None = None) -> Path:
+    """A checkpoint's folder: itself, or a Hub name's in the cache, with what says how it is served, not its weights.
+
+    Raises `IntactKVError` where there is none and the Hub has none or is not reached.
+    """
+    if Path(source).is_dir():
+        return Path(source)
+    try:
+        return Path(snapshot_download(str(source), revision=revision, allow_patterns=[FILE, RECIPE, "config.json"]))
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        raise IntactKVError(
+            f"{source} is no folder here and was not found on the Hub ({first_line(error)}); give a model's folder or "
+            "its name on the Hub"
+        ) from error
 
 
 def files_digest(folder: Path) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 from intactkv.artifact import IntactKV
 from intactkv.artifact.hub import artifact_file
-from intactkv.artifact.served import refuse_unchecked, served_architectures
+from intactkv.artifact.served import checkpoint_folder, refuse_unchecked, served_architectures
 from intactkv.error import IntactKVError
 
 CONNECTOR = {
@@ -27,18 +27,18 @@ def vllm_arguments(
 
         llm = LLM("MODEL-W4", **vllm_arguments("MODEL-W4"), max_model_len=4096)
 
-    `kv` is a file, folder or Hub name; by default the artifact in the folder `model`. `mode` and `check` as in
-    `serving.vllm`. Raises `IntactKVError` where there is no artifact, or, for a folder, where nothing says that it is
+    `model` is a folder or Hub name, `kv` a file, folder or Hub name; by default the artifact beside `model`. `mode` and
+    `check` as in `serving.vllm`. Raises `IntactKVError` where there is no model or artifact, or nothing says that it is
     in the model's basis.
     """
-    folder = Path(model)
+    folder = checkpoint_folder(model)
     file = artifact_file(model if kv is None else kv)
     artifact = IntactKV.load(file)
     extra: dict[str, Any] = {"artifact": str(file.resolve() if kv is None or Path(kv).exists() else kv)}
     extra |= {} if mode == "auto" else {"mode": mode}
     if not check:
         extra["check"] = False
-    elif folder.is_dir():
+    elif any(folder.glob("*.safetensors")):  # of a Hub's name the engine checks, once it has the weights
         refuse_unchecked(artifact, folder, str(model), quantized=_is_quantized(folder))
     arguments: dict[str, Any] = {"kv_transfer_config": {**CONNECTOR, "kv_connector_extra_config": extra}}
     if (names := served_architectures(folder)) is not None:

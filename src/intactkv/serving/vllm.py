@@ -16,11 +16,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
 from torch import Tensor
 from vllm.config import VllmConfig
 from vllm.distributed.kv_transfer.kv_connector.v1 import KVConnectorBase_V1, KVConnectorRole
@@ -38,7 +36,7 @@ from vllm.v1.metrics.utils import create_metric_per_engine
 
 from intactkv.artifact import IntactKV
 from intactkv.artifact.fingerprint import check_fingerprint
-from intactkv.artifact.served import refuse_unchecked
+from intactkv.artifact.served import checkpoint_folder, refuse_unchecked
 from intactkv.error import IntactKVError, first_line
 from intactkv.serving.layout import Ledger, Plan, Rows, Scheduled, Step, head_slice
 
@@ -418,9 +416,7 @@ def check_engine(vllm_config: VllmConfig, kv: IntactKV, *, check: bool) -> None:
         raise IntactKVError("this model has an encoder; an intact KV is for decoders")
     check_fingerprint(kv, model.hf_text_config)
     if check:
-        folder = Path(model.model)
-        if not folder.is_dir():
-            folder = Path(snapshot_download(model.model, revision=model.revision, local_files_only=True))
+        folder = checkpoint_folder(model.model, model.revision)
         quantized = getattr(model.hf_config, "quantization_config", None) is not None
         refuse_unchecked(kv, folder, model.model, quantized=quantized)
     graphs: Any = vllm_config.compilation_config.cudagraph_mode
