@@ -884,7 +884,7 @@ def test_folders_and_files_are_found(small: Any, tmp_path: Path) -> None:
         assert content(IntactKV.from_pretrained(source)) == content(kv)
     with attach(full, path.parent):
         pass
-    with pytest.raises(IntactKVError, match=r"holds no prefix\.intactkv\.safetensors; write one"):
+    with pytest.raises(IntactKVError, match=r"holds no prefix\.intactkv; write one"):
         IntactKV.from_pretrained(tmp_path)
     for absent in (tmp_path / "absent", "absent", "kv.safetensors", "a/b/c"):
         with pytest.raises(IntactKVError, match="is not a file or folder; write one"):

@@ -243,7 +243,7 @@ def test_what_the_artifact_predicts_is_not_scored(full: LlamaForCausalLM, kv: In
 
 
 def test_an_attached_model_is_refused(full: LlamaForCausalLM, kv: IntactKV, windows: Windows) -> None:
-    with attach(full, kv), pytest.raises(IntactKVError, match="give the arm its kv instead"):
+    with attach(full, kv), pytest.raises(IntactKVError, match="already has an intact KV attached"):
         evaluate(full, [Arm("own", full)], windows)
 
 

@@ -411,7 +411,7 @@ def test_an_ordinary_checkpoint_and_one_made_for_its_prefix_in_one_table(tmp_pat
         [tmp_path / "aware" / PREFIX_KV],
         protocol=command.Protocol(TEXT, 64, False, 8, 8, "cpu", "float32"),
         cache=command.Cache(tmp_path / "cache", None, 2**30),
-        outputs=command.Outputs(out, str(tmp_path / "rows.md")),
+        outputs=command.OutputFiles(out, str(tmp_path / "rows.md")),
         console=Console(file=seen, width=200),
     )
     figures = json.loads(out.read_text())
