@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from intactkv import IntactKV, IntactKVError, capture
 from intactkv.checkpoint.load import load_model, load_tokenizer
 from intactkv.demo import MODEL, TEXT
-from intactkv.serving.llama_cpp import CacheKind, in_pairs, state, write_state
+from intactkv.serving.llama_cpp import CacheKind, advice, in_pairs, state, write_state
 
 IDS = [0, *range(40, 52)]  # of the embedded model, [BOS] first
 
@@ -112,6 +112,11 @@ def test_a_model_with_sliding_layers_has_two_caches_and_keys_as_they_are() -> No
         assert len(layers) == len(own)
         for i, (key, _) in zip(own, layers, strict=True):
             torch.testing.assert_close(key, kv.layers[i][0].transpose(0, 1).flatten(1), atol=0, rtol=0)
+
+
+def test_a_server_that_would_not_use_the_state_is_told_of() -> None:
+    assert advice("llama") is None
+    assert "--swa-full" in str(advice("gemma3"))
 
 
 def test_pairs_are_the_rows_order_of_the_converter() -> None:

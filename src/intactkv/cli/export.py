@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from intactkv.cli.options import console
+from intactkv.cli.options import console, warn
 from intactkv.error import IntactKVError
 
 
@@ -48,9 +48,11 @@ def export_command(
         write_prompt_cache(artifact, str(model), out, check=not unchecked)
         console.print(f"written: {out}", highlight=False)
         return
-    from intactkv.serving.llama_cpp import CacheKind, installed_version, write_state
+    from intactkv.serving.llama_cpp import CacheKind, advice, installed_version, opened, write_state
 
     version = installed_version() if state_version is None else state_version
     kind = CacheKind(version, cache_type, flash_attention, streams, stream)
     write_state(artifact, Path(str(gguf)), out, kind, check=not unchecked)
     console.print(f"written: {out} (sequence state, version {version})", highlight=False)
+    if (said := advice(str(opened(str(gguf)).architecture))) is not None:
+        warn(said)

@@ -82,6 +82,16 @@ def write_state(
     return Path(path)
 
 
+def advice(architecture: str) -> str | None:
+    """What the server must be told besides, or it restores a state and does not use it."""
+    if architecture not in _TWO_CACHES:
+        return None
+    return (
+        f"{architecture} has sliding windows: start llama-server with --swa-full, or it computes every prompt anew and "
+        "the answers are the plain model's (cache_n 0)"
+    )
+
+
 def installed_version() -> int:
     """The version of an installed llama-cpp-python's states, else the newest."""
     try:
