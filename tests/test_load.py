@@ -175,6 +175,7 @@ def test_commands_take_a_gguf(ggufs: Path, tmp_path: Path) -> None:
     (ggufs / "F16" / "tokenizer.json").write_text(json.dumps(tokenizer))
     done = intactkv("capture", full, "--ids", "1,5", "-o", kv)
     assert done.returncode == 0, done.stderr
-    done = intactkv("check", quantized, "--full", full, "--kv", kv)
+    done = intactkv("check", quantized, "--full", full, "--kv", kv, "-o", tmp_path / "checked")
     assert done.returncode == 0, done.stderr
     assert "same" in done.stdout
+    assert IntactKV.load(tmp_path / "checked").digest == IntactKV.load(kv).digest

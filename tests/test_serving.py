@@ -86,6 +86,11 @@ def test_files_are_told_apart_by_their_headers(folder: Path, kv: IntactKV) -> No
     assert files_digest(folder) == before  # an artifact is no weight
     rounded(build(by_name("llama-gqa"), dtype=torch.bfloat16)).save_pretrained(folder)
     assert files_digest(folder) != before
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    without_header = files_digest(folder)
+    with (folder / "pytorch_model.bin").open("ab") as file:
+        file.write(b"x")
+    assert files_digest(folder) != without_header
     with pytest.raises(IntactKVError, match=r"holds no \*.safetensors"):
         files_digest(folder.parent)
 

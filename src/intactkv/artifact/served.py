@@ -48,16 +48,17 @@ def checkpoint_folder(source: str | os.PathLike[str], revision: str | None = Non
 def files_digest(folder: Path) -> str:
     """SHA-256 over the names, sizes and headers of a folder's weights: read in milliseconds, whatever their size.
 
-    It tells quantizations and architectures apart, not two fine-tunes of one shape. Raises `IntactKVError` where there
-    are no safetensors files.
+    It tells quantizations and architectures apart, not two fine-tunes of one shape; of `.bin` files, which have no
+    header, only names and sizes. Raises `IntactKVError` where there are no weights.
     """
-    sha, files = sha256(), sorted(folder.glob("*.safetensors"))
+    sha, files = sha256(), sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
     if not files:
-        raise IntactKVError(f"{folder} holds no *.safetensors; give the folder of a checkpoint")
+        raise IntactKVError(f"{folder} holds no *.safetensors or *.bin; give the folder of a checkpoint")
     for path in files:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            sha.update(f"{path.name} {path.stat().st_size}\n".encode() + file.read(min(length, 2**28)))
+        sha.update(f"{path.name} {path.stat().st_size}\n".encode())
+        if path.suffix == ".safetensors":
+            with path.open("rb") as file:
+                sha.update(file.read(min(int.from_bytes(file.read(8), "little"), 2**28)))
     return sha.hexdigest()
 
 

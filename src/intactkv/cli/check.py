@@ -27,7 +27,7 @@ def check_command(
     from intactkv.basis.compare import align, basis, describe, show_noise
     from intactkv.basis.words import basis_table
     from intactkv.checkpoint.load import load_model_on
-    from intactkv.checkpoint.source import weights_folder
+    from intactkv.checkpoint.source import is_gguf, weights_folder
 
     check_outputs(out)
     artifact = IntactKV.from_pretrained(kv)
@@ -40,7 +40,8 @@ def check_command(
     changed = aligned is not artifact
     console.print(f"basis: {describe(relations)}", highlight=False)
     if out is not None:
-        with_check(aligned, weights_folder(model)).save(out)
+        checked = aligned if is_gguf(model) else with_check(aligned, weights_folder(model))
+        checked.save(out)
         console.print(f"written: {out}")
     elif changed:
         console.print(f"{kv} does harm as it is: write the aligned one with -o KV and attach that", style="yellow")
