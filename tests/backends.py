@@ -22,7 +22,7 @@ import transformers
 from models import PREFIX, VOCAB, build, by_name
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from intactkv.basis.compare import DOOR
+from intactkv.artifact.door import DOOR
 
 Load = Callable[..., PreTrainedModel]  # of a dtype, and where the format allows of from_pretrained's arguments
 

@@ -115,8 +115,8 @@ def test_a_model_with_sliding_layers_has_two_caches_and_keys_as_they_are() -> No
 
 
 def test_a_server_that_would_not_use_the_state_is_told_of() -> None:
-    assert advice("llama") is None
-    assert "--swa-full" in str(advice("gemma3"))
+    assert advice(capture(build(by_name("llama-gqa")), PREFIX)) is None
+    assert "--swa-full" in str(advice(capture(build(by_name("gemma3")), PREFIX)))
 
 
 def test_pairs_are_the_rows_order_of_the_converter() -> None:

@@ -79,23 +79,19 @@ def mark_needing(folder: Path) -> None:
 
     transformers goes by the model's type and loads it as before; vLLM, SGLang and llama.cpp's converter go by the name.
     """
-    path = folder / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config = _config(folder)
     config["architectures"] = [f"{name}{NEEDS}" for name in config.get("architectures") or []]
-    write_atomically(path, (json.dumps(config, indent=2) + "\n").encode())
+    write_atomically(folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
 
 
 def served_architectures(folder: Path) -> list[str] | None:
     """The architectures by which an engine serves a checkpoint that `mark_needing` marked; None for any other."""
-    try:
-        names = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures") or []
-    except (OSError, ValueError, AttributeError):
-        return None
+    names = _config(folder).get("architectures") or []
     plain = [str(name).removesuffix(NEEDS) for name in names]
     return plain if plain != names else None
 
 
-def refuse_unchecked(kv: IntactKV, folder: Path, name: str, *, quantized: bool) -> None:
+def refuse_unchecked(kv: IntactKV, folder: Path, name: str) -> None:
     """Raise `IntactKVError` where nothing says that `kv` is in the basis of the checkpoint in `folder`.
 
     Good are: the artifact of a folder made by `quantize`, also calibrated; one that `intactkv check -o` compared with
@@ -110,7 +106,7 @@ def refuse_unchecked(kv: IntactKV, folder: Path, name: str, *, quantized: bool) 
             )
         if _is_beside(kv, folder) or "calibration" in kv.provenance:
             return
-    elif not quantized and str(kv.provenance.get("model")) == name:
+    elif "quantization_config" not in _config(folder) and str(kv.provenance.get("model")) == name:
         return
     checked = kv.provenance.get("checked") or {}
     if isinstance(checked, dict) and checked.get("files") == files_digest(folder):
@@ -125,6 +121,13 @@ def _is_beside(kv: IntactKV, folder: Path) -> bool:
     from intactkv.artifact.data import IntactKV
 
     return (folder / FILE).is_file() and IntactKV.load(folder / FILE).digest == kv.digest
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise IntactKVError(f"{folder} has no readable config.json ({error}); give a model's folder") from error
 
 
 def _recipe(folder: Path) -> dict[str, Any]:

@@ -24,14 +24,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from intactkv.artifact import IntactKV
+from intactkv.artifact.door import errors_by_layer, refuse_other_basis
 from intactkv.basis.relate import FLOOR, MIXED, REFUSE, Halves, Kind, nearest_rotation, relate, rescaled, slopes
 from intactkv.capturing.record import recorded
 from intactkv.decoder import forced_inputs, recorded_inputs
 from intactkv.error import IntactKVError
-
-# At the door: the model's own keys and values of the prefix against the intact ones, in the layer where they are
-# closest. Rounding to 2 bits leaves 0.5 (of small values at [BOS]); rotated and foreign ones 1 and more.
-DOOR = 0.75
 
 
 @dataclass(frozen=True)
@@ -156,16 +153,7 @@ def refuse_foreign(model: PreTrainedModel, kv: IntactKV) -> None:
     by so few tokens, for which there is `basis` (`intactkv check`). Of a checkpoint made for this prefix, whose own
     keys and values there no quantizer looked at, the artifact says how far off they are.
     """
-    made_for = kv.provenance.get("prefix_aware") or {}
-    for name, errors in own_errors(model, kv).items():
-        closest = min(errors, key=errors.__getitem__)
-        limit = max(DOOR, 1.25 * made_for.get("own_errors", {}).get(name, 0.0))
-        if errors[closest] > limit:
-            raise IntactKVError(
-                f"the model's own {name} of the prefix differ from the intact ones by {100 * errors[closest]:.0f} % "
-                f"even in the closest layer, {closest} (rounding leaves less than {100 * limit:.0f} %): another basis "
-                "or model; see `intactkv check`, or pass check=False if you know better"
-            )
+    refuse_other_basis(kv, own_errors(model, kv))
 
 
 def own_errors(model: PreTrainedModel, kv: IntactKV) -> dict[str, dict[int, float]]:
@@ -174,17 +162,7 @@ def own_errors(model: PreTrainedModel, kv: IntactKV) -> dict[str, dict[int, floa
     Raises `IntactKVError` where a layer has none, or of other shapes.
     """
     own = recorded(model, kv.ids[None])
-    errors: dict[str, dict[int, float]] = {"keys": {}, "values": {}}
-    for part, by_layer in enumerate(errors.values()):
-        for layer, pair in kv.layers.items():
-            if layer not in own or own[layer][part].shape[1:] != pair[part].shape:
-                raise IntactKVError(
-                    f"layer {layer} of the model hands other shapes to its cache than the intact KV holds; capture it "
-                    "from this model's full-precision form"
-                )
-            intact = pair[part].detach().double().cpu()
-            by_layer[layer] = float((own[layer][part][0].double() - intact).norm() / intact.norm().clamp(min=1e-30))
-    return errors
+    return errors_by_layer(kv, {i: (key[0], value[0]) for i, (key, value) in own.items()})
 
 
 def align(kv: IntactKV, relations: Sequence[Relation]) -> IntactKV:

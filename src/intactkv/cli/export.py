@@ -48,11 +48,11 @@ def export_command(
         write_prompt_cache(artifact, str(model), out, check=not unchecked)
         console.print(f"written: {out}", highlight=False)
         return
-    from intactkv.serving.llama_cpp import CacheKind, advice, installed_version, opened, write_state
+    from intactkv.serving.llama_cpp import CacheKind, advice, installed_version, write_state
 
     version = installed_version() if state_version is None else state_version
     kind = CacheKind(version, cache_type, flash_attention, streams, stream)
     write_state(artifact, Path(str(gguf)), out, kind, check=not unchecked)
     console.print(f"written: {out} (sequence state, version {version})", highlight=False)
-    if (said := advice(str(opened(str(gguf)).architecture))) is not None:
+    if (said := advice(artifact)) is not None:
         warn(said)

@@ -39,7 +39,7 @@ def vllm_arguments(
     if not check:
         extra["check"] = False
     elif any(folder.glob("*.safetensors")):  # of a Hub's name the engine checks, once it has the weights
-        refuse_unchecked(artifact, folder, str(model), quantized=_is_quantized(folder))
+        refuse_unchecked(artifact, folder, str(model))
     arguments: dict[str, Any] = {"kv_transfer_config": {**CONNECTOR, "kv_connector_extra_config": extra}}
     if (names := served_architectures(folder)) is not None:
         arguments["hf_overrides"] = {"architectures": names}
@@ -59,10 +59,3 @@ def vllm_command(
         if any(each == name or each.startswith(f"{name}=") for each in more):
             raise IntactKVError(f"{name} is what this command gives to vLLM; leave it out")
     return ["vllm", "serve", model, *(part for pair in options.items() for part in pair), *more]
-
-
-def _is_quantized(folder: Path) -> bool:
-    try:
-        return "quantization_config" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise IntactKVError(f"{folder} has no readable config.json ({error}); give a model's folder") from error

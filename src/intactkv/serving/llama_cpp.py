@@ -22,7 +22,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from intactkv.artifact import IntactKV
+from intactkv.artifact.door import DOOR, relative_error
 from intactkv.error import IntactKVError, first_line
+from intactkv.files import check_outputs, write_atomically
 
 _MAGIC = 0x67677371  # "ggsq"
 VERSIONS = (3, 4)
@@ -35,7 +37,6 @@ ARCHITECTURES = {
     "starcoder2": False, "stablelm": False, "smollm3": True,
 }  # fmt: skip
 _TWO_CACHES = {"gemma2", "gemma3"}  # full layers in one, sliding ones in another
-_LIMIT = 0.75  # of a first layer's values; rounding to 2 bits leaves 0.5, another model 1 and more
 
 
 @dataclass(frozen=True)
@@ -73,8 +74,6 @@ def write_state(
     Raises `IntactKVError` for a GGUF of another model or architecture than `kv`'s, and, unless `check` is False, for
     one whose first layer does not make `kv`'s keys and values of its tokens.
     """
-    from intactkv.files import check_outputs, write_atomically
-
     check_outputs(Path(path))
     reader = opened(gguf)
     check_gguf(kv, reader, weights=check)
@@ -82,14 +81,18 @@ def write_state(
     return Path(path)
 
 
-def advice(architecture: str) -> str | None:
+def advice(kv: IntactKV) -> str | None:
     """What the server must be told besides, or it restores a state and does not use it."""
-    if architecture not in _TWO_CACHES:
+    if not _slides(kv):
         return None
     return (
-        f"{architecture} has sliding windows: start llama-server with --swa-full, or it computes every prompt anew and "
+        "this model has sliding windows: start llama-server with --swa-full, or it computes every prompt anew and "
         "the answers are the plain model's (cache_n 0)"
     )
+
+
+def _slides(kv: IntactKV) -> bool:
+    return "sliding_attention" in (kv.fingerprint.get("layer_types") or ())
 
 
 def installed_version() -> int:
@@ -129,11 +132,10 @@ def _stream(kv: IntactKV, layers: Sequence[int], architecture: str, kind: CacheK
     parts.append(struct.pack("<II", not kind.flash_attention, len(layers)))
     if kind.version >= 4:
         parts.append(struct.pack("<II", 0, 0))  # by how many channels keys and values are rotated
-    rotary = kv.fingerprint.get("head_dim") if ARCHITECTURES[architecture] else 0
     partial = (kv.fingerprint.get("rope_parameters") or {}).get("partial_rotary_factor")
     for i in layers:
         key = kv.layers[i][0]
-        if rotary:
+        if ARCHITECTURES[architecture]:
             key = in_pairs(key, int((partial or 1) * key.shape[2]))
         parts += _rows(key, number, dtype)
     for i in layers:
@@ -142,14 +144,14 @@ def _stream(kv: IntactKV, layers: Sequence[int], architecture: str, kind: CacheK
             parts += _rows(value, number, dtype)
         else:
             flat = value.transpose(0, 1).flatten(1)  # (prefix, channel)
-            parts.append(struct.pack("<iII", number, flat.to(dtype).element_size(), flat.shape[1]))
+            parts.append(struct.pack("<iII", number, dtype.itemsize, flat.shape[1]))
             parts.append(_bytes(flat.t(), dtype))
     return parts
 
 
 def _rows(states: Float[Tensor, "head prefix dim"], number: int, dtype: torch.dtype) -> list[bytes]:
     flat = states.transpose(0, 1).flatten(1)
-    return [struct.pack("<iQ", number, flat.shape[1] * flat.to(dtype).element_size()), _bytes(flat, dtype)]
+    return [struct.pack("<iQ", number, flat.shape[1] * dtype.itemsize), _bytes(flat, dtype)]
 
 
 def _bytes(tensor: Tensor, dtype: torch.dtype) -> bytes:
@@ -231,7 +233,7 @@ def check_gguf(kv: IntactKV, model: Gguf, *, weights: bool = True) -> None:
     if sorted(kv.layers) != list(range(told["num_hidden_layers"])):
         raise IntactKVError("some layers of this intact KV have no keys and values; such models are not supported here")
     window = told.get("sliding_window")
-    sliding = "sliding_attention" in (told.get("layer_types") or ())
+    sliding = _slides(kv)
     if sliding and name not in _TWO_CACHES:
         raise IntactKVError(f"{name} with sliding windows is not supported; let llama.cpp compute the state")
     if sliding and window and len(kv) > window:
@@ -255,21 +257,25 @@ def _check_weights(kv: IntactKV, model: Gguf) -> None:
     if str(model.architecture).startswith("gemma"):
         embedded = embedded * embedded.shape[1] ** 0.5
     eps = float(model.value("attention.layer_norm_rms_epsilon") or 1e-6)
-    read = embedded * torch.rsqrt(embedded.square().mean(-1, keepdim=True) + eps) * norm
+    read = _normed(embedded, norm, eps)
     key, value = kv.layers[0]
     made_value = _projected(read, wide, model.tensor("blk.0.attn_v.bias"), len(value))
     made_key = _projected(read[:1], keys, model.tensor("blk.0.attn_k.bias"), len(key))
     if (of_heads := model.tensor("blk.0.attn_k_norm.weight")) is not None:
-        made_key = made_key * torch.rsqrt(made_key.square().mean(-1, keepdim=True) + eps) * of_heads
+        made_key = _normed(made_key, of_heads, eps)
     intact_key = in_pairs(key[:, :1], key.shape[2]) if ARCHITECTURES[str(model.architecture)] else key[:, :1]
     for name, made, intact in (("values", made_value, value), ("keys", made_key, intact_key)):
-        error = float((made - intact.float()).norm() / intact.float().norm().clamp(min=1e-30))
-        if error > _LIMIT:
+        error = relative_error(made, intact)
+        if error > DOOR:
             raise IntactKVError(
                 f"the first layer of {model.path} makes other {name} of these tokens than the intact KV has "
-                f"({100 * error:.0f} % off; rounding leaves less than {100 * _LIMIT:.0f} %): another model or basis; "
+                f"({100 * error:.0f} % off; rounding leaves less than {100 * DOOR:.0f} %): another model or basis; "
                 "give a GGUF of its own model"
             )
+
+
+def _normed(states: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return states * torch.rsqrt(states.square().mean(-1, keepdim=True) + eps) * weight
 
 
 def _projected(

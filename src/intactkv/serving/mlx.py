@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 
 from intactkv.artifact import IntactKV
+from intactkv.artifact.door import errors_by_layer, refuse_other_basis
 from intactkv.error import IntactKVError
 from intactkv.files import check_outputs, replacing
-
-_LIMIT = 0.75  # in the layer where they are closest; rounding to 2 bits leaves 0.5, another basis or model 1 and more
 
 
 def write_prompt_cache(
@@ -49,7 +48,9 @@ def write_prompt_cache(
         )
     loaded(mx.array(kv.ids[None].tolist()), cache=own)
     pairs = {i: (_torch(each.keys, len(kv)), _torch(each.values, len(kv))) for i, each in enumerate(own)}
-    _compare(kv, pairs, str(model), check)
+    errors = errors_by_layer(kv, pairs)
+    if check:
+        refuse_other_basis(kv, errors)
     made: list[Any] = make_prompt_cache(loaded)
     for i, each in enumerate(made):
         key, value = (mx.array(x[None].float().cpu().numpy()).astype(own[i].keys.dtype) for x in kv.layers[i])
@@ -57,29 +58,12 @@ def write_prompt_cache(
     about = {"model": os.fspath(model), "tokenizer_config": json.dumps({"trust_remote_code": False})}
     with replacing(path) as temporary:
         written = temporary.with_name(f"{temporary.name}.safetensors")  # MLX adds it
-        save_prompt_cache(str(written), made, about)
-        os.replace(written, temporary)
+        try:
+            save_prompt_cache(str(written), made, about)
+            os.replace(written, temporary)
+        finally:
+            written.unlink(missing_ok=True)
     return path
-
-
-def _compare(kv: IntactKV, own: dict[int, tuple[Tensor, Tensor]], model: str, check: bool) -> None:
-    for part, name in enumerate(("keys", "values")):
-        errors = {}
-        for i, pair in kv.layers.items():
-            if own[i][part].shape != pair[part].shape:
-                raise IntactKVError(
-                    f"layer {i} of {model} has {name} of shape {tuple(own[i][part].shape)}, the intact KV "
-                    f"{tuple(pair[part].shape)}; give the artifact of this model"
-                )
-            intact = pair[part].float().cpu()
-            errors[i] = float((own[i][part] - intact).norm() / intact.norm().clamp(min=1e-30))
-        closest = min(errors, key=errors.__getitem__)
-        if check and errors[closest] > _LIMIT:
-            raise IntactKVError(
-                f"{model}'s own {name} of the prefix differ from the intact ones by {100 * errors[closest]:.0f} % even "
-                f"in the closest layer, {closest} (rounding leaves less than {100 * _LIMIT:.0f} %): another basis or "
-                "model; give the artifact of this one, or pass check=False (--unchecked) if you know better"
-            )
 
 
 def _torch(states: Any, length: int) -> Tensor:

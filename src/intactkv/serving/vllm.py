@@ -130,9 +130,10 @@ class IntactKVConnector(KVConnectorBase_V1, SupportsHMA):
         groups = kv_cache_config.kv_cache_groups
         if role == KVConnectorRole.SCHEDULER:
             check_engine(vllm_config, self.kv, check=settings.get("check", True))
-            overwrite = settings.get("mode", "auto") != "external" and _drafts(vllm_config)
-            overwrite |= any(isinstance(group.kv_cache_spec, MambaSpec) for group in groups)
-            self._external = settings.get("mode", "auto") != "overwrite" and not overwrite
+            mode = settings.get("mode", "auto")
+            states = any(isinstance(group.kv_cache_spec, MambaSpec) for group in groups)
+            drafts = mode == "auto" and _drafts(vllm_config)
+            self._external = mode != "overwrite" and not states and not drafts
             self._plan = Plan(self.kv.ids.tolist(), [group.kv_cache_spec.block_size for group in groups])
             logger.info("intact KV of %d tokens (%s)", len(self.kv), "external" if self._external else "overwrite")
         else:
@@ -417,8 +418,7 @@ def check_engine(vllm_config: VllmConfig, kv: IntactKV, *, check: bool) -> None:
     check_fingerprint(kv, model.hf_text_config)
     if check:
         folder = checkpoint_folder(model.model, model.revision)
-        quantized = getattr(model.hf_config, "quantization_config", None) is not None
-        refuse_unchecked(kv, folder, model.model, quantized=quantized)
+        refuse_unchecked(kv, folder, model.model)
     graphs: Any = vllm_config.compilation_config.cudagraph_mode
     if graphs is not None and graphs.mixed_mode().name == "FULL":
         logger.warning(
