@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import transformers
+from gguf_model import write_gguf
 from models import PREFIX, VOCAB, build, by_name
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -278,33 +279,8 @@ def fine_grained_fp8(full: Path, out: Path) -> Load:
 
 def gguf(full: Path, out: Path, *, kind: str) -> Load:
     """`gguf.GGUFWriter`, `from_pretrained(gguf_file=…)`"""
-    from gguf import MODEL_ARCH, GGMLQuantizationType, GGUFWriter, get_tensor_name_map, quants
-
-    model = load(full, torch.float32)
-    config, names = model.config, get_tensor_name_map(MODEL_ARCH.LLAMA, model.config.num_hidden_layers)
     out.mkdir()
-    writer = GGUFWriter(out / "model.gguf", "llama")
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_vocab_size(config.vocab_size)
-    for name, tensor in model.state_dict().items():
-        if "q_proj" in name or "k_proj" in name:  # llama.cpp keeps the two channels of a RoPE pair side by side
-            pairs = tensor.view(-1, 2, config.head_dim // 2, config.hidden_size)
-            tensor = pairs.transpose(1, 2).reshape(tensor.shape)
-        dtype = GGMLQuantizationType[kind if tensor.ndim == 2 else "F32"]
-        data = quants.quantize(tensor.numpy(), dtype)
-        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), data, raw_dtype=dtype)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write_gguf(load(full, torch.float32), out / "model.gguf", kind, vocabulary=False)
 
     def dequantized(dtype: torch.dtype) -> PreTrainedModel:
         return load(out, dtype, gguf_file="model.gguf")

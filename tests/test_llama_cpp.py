@@ -17,7 +17,6 @@ from test_cli import intactkv
 
 pytest.importorskip("gguf")
 
-from gguf import GGMLQuantizationType as Type
 from gguf_model import write_gguf
 from transformers import PreTrainedModel
 
@@ -140,7 +139,7 @@ def kv(full: PreTrainedModel) -> IntactKV:
 @pytest.fixture(scope="module")
 def q4(full: PreTrainedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The embedded model at 4 bits, as llama.cpp knows them."""
-    return write_gguf(full, tmp_path_factory.mktemp("gguf") / "q4.gguf", Type.Q4_0)
+    return write_gguf(full, tmp_path_factory.mktemp("gguf") / "q4.gguf", "Q4_0")
 
 
 def test_the_command_writes_what_the_function_does(q4: Path, kv: IntactKV, tmp_path: Path) -> None:
