@@ -2,8 +2,9 @@
 
     .venv-vllm/bin/python benchmarks/serve_vllm.py --model MODEL --kv KV --out FILE.json [--engine '{"dtype": …}']
 
-Throughput is of batches of prompts that all begin with the prefix, time to first token of one such prompt alone. On a
-GPU the host's synchronizations and copies in decoding steps are counted as well, by torch's profiler.
+Throughput is of batches of prompts that all begin with the prefix, time to first token of one such prompt alone, the
+engines in turns prompt by prompt. On a GPU the host's synchronizations and copies in decoding steps are counted as
+well, by torch's profiler.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import random
 import subprocess
 import sys
 from pathlib import Path
-from statistics import median
+from statistics import median, quantiles
 from time import perf_counter
 from typing import Any
 
@@ -123,6 +124,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--alone", type=int, default=20, help="prompts in a round whose first token is timed")
     parser.add_argument("--prompt", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--mode", default="auto")
@@ -166,19 +168,18 @@ def main() -> None:
     ratios: dict[str, list[float]] = {"throughput": [], "time to first token": []}
     firsts: list[dict[str, float]] = []
     for turn in range(given.rounds + 1):
-        batch, alone = prompts(given.batch), [prompts(1) for _ in range(10)]
-        seconds: dict[str, dict[str, float]] = {}
-        for name in children if turn % 2 == 0 else reversed(children):
-            whole = children[name].ask(prompts=batch, tokens=given.tokens)["seconds"]
-            first = median(children[name].ask(prompts=one, tokens=1)["seconds"] for one in alone)
-            seconds[name] = {"throughput": whole, "time to first token": first}
+        batch = prompts(given.batch)
+        order = list(children) if turn % 2 == 0 else list(reversed(children))
+        seconds = {name: children[name].ask(prompts=batch, tokens=given.tokens)["seconds"] for name in order}
         if turn:  # the first round warms up
-            firsts.append({name: of["time to first token"] for name, of in seconds.items()})
-            ratios["throughput"].append(seconds["without"]["throughput"] / seconds["with"]["throughput"])
-            ratios["time to first token"].append(
-                seconds["with"]["time to first token"] / seconds["without"]["time to first token"]
-            )
-            print(f"round {turn}:", {name: round(values[-1], 3) for name, values in ratios.items()}, flush=True)
+            ratios["throughput"].append(seconds["without"] / seconds["with"])
+        for _ in range(given.alone):  # prompt by prompt, since a host's clock wanders within a round
+            one, order = prompts(1), order[::-1]
+            first = {name: children[name].ask(prompts=one, tokens=1)["seconds"] for name in order}
+            if turn:
+                firsts.append(first)
+                ratios["time to first token"].append(first["with"] / first["without"])
+        print(f"round {turn}:", {name: round(median(of), 3) for name, of in ratios.items() if of}, flush=True)
     import torch
 
     counts = None
@@ -187,12 +188,13 @@ def main() -> None:
     for child in children.values():
         child.close()
     found = {
-        **{name: {"median": median(of), "low": min(of), "high": max(of)} for name, of in ratios.items()},
+        **{name: {"median": median(of), "quartiles": quantiles(of)[::2], "low": min(of), "high": max(of), "of": len(of)}
+           for name, of in ratios.items()},
         "start-up, s more": median(started["with"]) - median(started["without"]),
         "milliseconds to the first token": {
             name: 1000 * median(each[name] for each in firsts) for name in arms
         },
-        "started, s": started, "counts": counts, "tokens/s": given.batch * given.tokens / seconds["with"]["throughput"],
+        "started, s": started, "counts": counts, "tokens/s": given.batch * given.tokens / seconds["with"],
         "arguments": {name: value for name, value in vars(given).items() if name not in ("child", "out")},
     }  # fmt: skip
     found["arguments"] = {k: str(v) for k, v in found["arguments"].items()}

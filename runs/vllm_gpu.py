@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -77,7 +78,7 @@ class Engines:
     """What engines answered, each asked once: rows that differ in the connector's mode share the engine without it."""
 
     def __init__(self, folder: Path, cards: int) -> None:
-        self._folder, self._known, self._lock = folder, dict[str, Any](), Lock()
+        self._folder, self._known, self._lock, self._taking = folder, dict[str, Any](), Lock(), Lock()
         self._locks: dict[str, Lock] = {}
         self._cards: Queue[int] = Queue()
         self.compared = Lock()
@@ -92,12 +93,14 @@ class Engines:
         with lock:
             if key not in self._known:
                 out = self._folder / f"{len(self._locks)}-{id(lock)}.json"
-                env, card = {"VLLM_USE_FLASHINFER_SAMPLER": "0"}, None
-                if torch.cuda.is_available() and "tensor_parallel_size" not in engine:  # one engine on a card at a time
-                    card = self._cards.get()
-                    env["CUDA_VISIBLE_DEVICES"] = str(card)
+                env = {"VLLM_USE_FLASHINFER_SAMPLER": "0"}
+                needed = engine.get("tensor_parallel_size", 1)
+                with self._taking:  # or two that need several would each wait for the other's
+                    cards = [self._cards.get() for _ in range(needed)]  # one engine on a card at a time
+                if torch.cuda.is_available():
+                    env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, cards))
                 done = process(engine, rounds, out, **env)
-                if card is not None:
+                for card in cards:
                     self._cards.put(card)
                 said = json.loads(out.read_text()) if out.exists() else (done.stdout + done.stderr)[-1500:]
                 self._known[key] = said
@@ -146,7 +149,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--checkpoint", type=Path)
-    parser.add_argument("--only", default="", help="rows whose names hold this")
+    parser.add_argument("--only", default="", help="rows in whose names this regular expression is found")
     parser.add_argument("--cards", type=int, default=1, help="engines that run at the same time, each on a card")
     given = parser.parse_args()
     rows: list[dict[str, Any]] = []
@@ -154,14 +157,14 @@ def main() -> None:
         models = {prefix: made(Path(scratch), prefix) for prefix in ("bos", "chat")}
         jobs = [(name, of, models["chat"]) for name, of in {**ROWS, **(TWO if given.cards > 1 else {})}.items()]
         jobs += [
-            (name, ROWS[name], models["bos"])
+            (f"[B], {name}", ROWS[name], models["bos"])
             for name in ("compiled, full and piecewise graphs", "full graphs, fp8 cache")
         ]
         if given.checkpoint is not None:
             kv = IntactKV.load(given.checkpoint / FILE)
             own = Served(MODEL, given.checkpoint, given.checkpoint / FILE, kv.ids.tolist())
             jobs.append(("int4 made for its prefix, graphs", GRAPHS, own))
-        jobs, engines = [job for job in jobs if given.only in job[0]], Engines(Path(scratch), given.cards)
+        jobs, engines = [job for job in jobs if re.search(given.only, job[0])], Engines(Path(scratch), given.cards)
         with ThreadPoolExecutor(given.cards) as pool:
             for found in as_completed([pool.submit(row, *job, engines) for job in jobs]):
                 rows.append(found.result())

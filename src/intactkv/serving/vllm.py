@@ -269,12 +269,14 @@ class Replay:
     def __call__(self, requests: Sequence[Rows]) -> None:
         """Write the rows of some requests."""
         for first in range(0, len(requests), self._copies):
-            slots = [[-1] * self._slots.shape[1] for _ in self._block_sizes]
+            slots = torch.empty(self._slots.shape, dtype=torch.int64, pin_memory=True)
+            by_group = slots.numpy()
+            by_group.fill(-1)
             for i, rows in enumerate(requests[first : first + self._copies]):
                 for group, size in enumerate(self._block_sizes):
                     for position, slot in rows.slots(group, size):
-                        slots[group][i * self._length + position] = slot
-            self._slots.copy_(torch.tensor(slots, pin_memory=True), non_blocking=True)
+                        by_group[group, i * self._length + position] = slot
+            self._slots.copy_(slots, non_blocking=True)
             self._graph.replay()
 
     def _write(self) -> None:
@@ -295,6 +297,7 @@ class Worker:
         self._step = Step()
         self._during: list[tuple[Tensor | slice, Tensor]] = []
         self._replay: Replay | None = None
+        self._reports = False
         self._stats = IntactKVStats()
 
     @property
@@ -329,6 +332,7 @@ class Worker:
                 )
             self._layers[name] = _Layer(module, self._group_of[name], key, value)
         self._ledger, self._replay = Ledger(self._layers), None
+        self._reports = _tensor_rank() == 0 and 0 in self.indices
         layers = list(self._layers.values())
         if layers and layers[0].key.is_cuda and {layer.group for layer in layers} == set(range(len(self._block_sizes))):
             try:
@@ -374,7 +378,7 @@ class Worker:
 
     def report(self) -> IntactKVStats | None:
         """The rows since the last report, from one worker of all."""
-        if self._stats.is_empty() or _tensor_rank() != 0 or not any(extract_layer_index(n) == 0 for n in self._layers):
+        if not self._reports or self._stats.is_empty():
             return None
         found, self._stats = self._stats, IntactKVStats()
         return found
