@@ -18,7 +18,7 @@ from intactkv.error import IntactKVError
 
 # Continuations that begin with different characters and classes of characters, so that a token that depends on what
 # follows does not survive in their longest common prefix.
-_PROBES = ("Hello", "why?", "42", "(x)", "été", "中文", "_", "\n\nThen", " a", ".", "'s", "🙂", "Ω", '"q"')
+PROBES = ("Hello", "why?", "42", "(x)", "été", "中文", "_", "\n\nThen", " a", ".", "'s", "🙂", "Ω", '"q"')
 
 
 def bos(tokenizer: PreTrainedTokenizerBase, *, token: str | None = None) -> list[int]:
@@ -68,7 +68,7 @@ def chat_prefix(tokenizer: PreTrainedTokenizerBase, *, system: str | None = None
                 f"the chat template of {_name(tokenizer)} refuses these messages ({error}); {remedy}"
             ) from error
 
-    if system is not None and render(_PROBES[0], system) == render(_PROBES[0], system + "!"):
+    if system is not None and render(PROBES[0], system) == render(PROBES[0], system + "!"):
         raise IntactKVError(f"the chat template of {_name(tokenizer)} ignores the system prompt; leave `system` out")
     return _common(lambda rest: render(rest, system), tokenizer, special=False)
 
@@ -83,10 +83,10 @@ def text_prefix(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 def _common(write: Callable[[str], str], tokenizer: PreTrainedTokenizerBase, *, special: bool) -> list[int]:
     """The longest common token prefix of `write(rest)` over all continuations that could make a difference."""
-    head = _shared([write(rest) for rest in _PROBES])
-    texts = [write(rest) for rest in (*_PROBES, *_merging(tokenizer, head))]
+    head = shared([write(rest) for rest in PROBES])
+    texts = [write(rest) for rest in (*PROBES, *_merging(tokenizer, head))]
     rows = [tokenizer(text, add_special_tokens=special).input_ids for text in texts]
-    common = _shared(rows)
+    common = shared(rows)
     if not common:
         raise IntactKVError(
             f"prompts of {_name(tokenizer)} have no first token in common; choose explicit ids for the prefix"
@@ -94,7 +94,7 @@ def _common(write: Callable[[str], str], tokenizer: PreTrainedTokenizerBase, *, 
     return list(common)
 
 
-def _shared(rows: Sequence[Sequence[Any]]) -> Any:
+def shared(rows: Sequence[Sequence[Any]]) -> Any:
     """The longest common beginning of lists, or of texts."""
     shortest = min(rows, key=len)
     differs = (i for i, item in enumerate(shortest) if any(row[i] != item for row in rows))

@@ -33,7 +33,8 @@ from intactkv.screen import Screen
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
 bench = typer.Typer(help="MT-Bench: let three arms answer, let a judge grade, show the grades.", no_args_is_help=True)
 
-app.command("capture")(capture.capture_command)
+_MORE = {"allow_extra_args": True, "ignore_unknown_options": True}  # go to an engine
+app.command("capture", context_settings=_MORE)(capture.capture_command)
 app.command("quantize")(quantize.quantize_command)
 app.command("check")(check.check_command)
 app.command("eval")(evaluate.eval_command)
@@ -50,7 +51,7 @@ app.command(
 app.command("tasks")(harness.tasks_command)
 app.command("compare")(harness.compare_command)
 app.command("generate")(generate.generate_command)
-app.command("serve", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(serve.serve_command)
+app.command("serve", context_settings=_MORE)(serve.serve_command)
 app.command("export")(export.export_command)
 app.command("doctor")(doctor.doctor_command)
 app.command("demo")(demo.demo_command)

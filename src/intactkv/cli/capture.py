@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from intactkv.cli.options import Device, DType, Ids, Model, System, console, prefix_ids, warn
+from intactkv.cli.options import Device, DType, Ids, Model, System, console, listed, prefix_ids, warn
 from intactkv.error import IntactKVError
 from intactkv.files import check_outputs
 
 
 def capture_command(
+    context: typer.Context,
     model: Model,
     out: Annotated[Path, typer.Option("--out", "-o", help="The file to write.", metavar="KV")],
     prefix: Annotated[
@@ -35,8 +37,28 @@ def capture_command(
     ] = True,
     device: Device = "auto",
     dtype: DType = "auto",
+    engine: Annotated[
+        str | None,
+        typer.Option(
+            help="llama.cpp: let it compute its own state from an F16, BF16 or Q8_0 GGUF (docs/llama.cpp.md)."
+        ),
+    ] = None,
+    gguf: Annotated[
+        Path | None, typer.Option(help="With --engine llama.cpp, the GGUF that will be served with it.", metavar="FILE")
+    ] = None,
 ) -> None:
-    """Let the full-precision MODEL compute the keys and values of a prefix, and save them."""
+    """Let the full-precision MODEL compute the keys and values of a prefix, and save them.
+
+    With --engine llama.cpp, what is not known here (`--cache-type-k q8_0`, …) goes to llama-server.
+    """
+    if engine is not None:
+        if engine != "llama.cpp":
+            raise IntactKVError(f"--engine {engine} is not known; use llama.cpp, or leave it out")
+        _capture_state(model, out, prefix, system, ids, gguf, context.args, allow_quantized)
+        return
+    if context.args or gguf is not None:
+        given = context.args[0] if context.args else "--gguf"
+        raise IntactKVError(f"{given} is not known without --engine llama.cpp; leave it out")
     from intactkv.capturing.live import capture
     from intactkv.checkpoint.load import device_named, load_model_on, load_tokenizer
     from intactkv.checkpoint.source import refuse_quantized
@@ -72,3 +94,23 @@ def capture_command(
     console.print(f"prefix {chosen} = {tokenizer.decode(chosen)!r}", markup=False)
     if idle is not None:
         warn(idle)
+
+
+def _capture_state(
+    model: str, out: Path, prefix: str | None, system: str | None, ids: str | None, gguf: Path | None,
+    arguments: list[str], allow_quantized: bool,
+) -> None:  # fmt: skip
+    from intactkv.serving.llama_capture import capture_state
+    from intactkv.serving.llama_server import installed_program
+
+    if prefix == "auto" or (ids is not None and (prefix is not None or system is not None)):
+        raise IntactKVError("with --engine llama.cpp the prefix is --ids alone, or --prefix bos, chat or a text")
+    if system is not None and prefix != "chat":
+        raise IntactKVError(f"--system goes with --prefix chat, not with --prefix {prefix!r}; add --prefix chat")
+    told = asyncio.run(
+        capture_state(
+            installed_program(), model, out, ids=None if ids is None else listed(ids), prefix=prefix or "bos",
+            system=system, served=None if gguf is None else str(gguf), more=arguments, allow_quantized=allow_quantized,
+        )
+    )  # fmt: skip
+    console.print(f"{out}: llama.cpp's state of {len(told)} tokens, {told}", markup=False, highlight=False)

@@ -10,14 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from intactkv.error import IntactKVError
 
 NULL_BLOCK = 0  # what vLLM puts where a sliding window has no block any more
 
 
-def common_prefix(ids: Sequence[int], prefix: Sequence[int]) -> int:
-    """How many tokens `ids` and `prefix` share from their beginning.
+def common_prefix(ids: Sequence[Any], prefix: Sequence[Any]) -> int:
+    """How many items `ids` and `prefix` share from their beginning.
 
     >>> common_prefix([1, 2, 9, 4], [1, 2, 3])
     2

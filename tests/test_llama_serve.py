@@ -1,0 +1,342 @@
+"""`intactkv serve MODEL.gguf` with a real llama-server: every answer is the intact model's, or an error."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
+
+import openai
+import pytest
+import torch
+from aiohttp.test_utils import TestClient, TestServer
+from gguf_model import write_gguf
+from models import rounded
+from test_cli import intactkv
+from transformers import DynamicCache, PreTrainedModel
+
+from intactkv import IntactKV, IntactKVError, capture
+from intactkv.checkpoint.load import load_model, load_tokenizer
+from intactkv.demo import MODEL, TEXT
+from intactkv.serving.layout import common_prefix
+from intactkv.serving.llama_capture import states_for
+from intactkv.serving.llama_cpp import SavedState
+from intactkv.serving.llama_proxy import Proxy, Refusal, check_body
+from intactkv.serving.llama_server import Engine, installed_program, option, server_command, without
+
+IDS = [0, *range(40, 52)]
+F32 = ["-ctk", "f32", "-ctv", "f32", "-c", "2048", "-t", "2"]
+
+
+@dataclass
+class Pair:
+    """The exact model as a GGUF, and the keys and values of its 3-bit form, so that llama.cpp rounds nothing itself."""
+
+    full: PreTrainedModel
+    source: PreTrainedModel
+    kv: IntactKV
+    gguf: Path
+    file: Path
+
+    def greedy(self, ids: list[int], count: int, *, intact: bool = True) -> list[int]:
+        """By transformers: the rows that prompt and prefix share are the artifact's; the last token is computed."""
+        rows = min(common_prefix(ids, IDS), len(ids) - 1) if intact else 0
+        held = DynamicCache(config=self.full.config)
+        for i, (key, value) in self.kv.layers.items():
+            if rows:
+                held.update(key[None, :, :rows].clone(), value[None, :, :rows].clone(), i)
+        found, given = [], torch.tensor([ids[rows:]])
+        with torch.no_grad():
+            for _ in range(count):
+                logits = self.full(given, past_key_values=held).logits[0, -1]
+                found.append(int(logits.argmax()))
+                if found[-1] == self.full.config.eos_token_id:
+                    break
+                given = torch.tensor([found[-1:]])
+        return found
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    folder = tmp_path_factory.mktemp("served")
+    full = load_model(MODEL, dtype="float32")
+    source = rounded(full)
+    kv = capture(source, IDS, logits=False)
+    return Pair(full, source, kv, write_gguf(full, folder / "f32.gguf"), kv.save(folder / "kv.intactkv"))
+
+
+@cache
+def text() -> list[int]:
+    return list(load_tokenizer(MODEL)(TEXT.read_text(encoding="utf-8"), add_special_tokens=False).input_ids)
+
+
+@contextmanager
+def serving(*args: str | Path) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """The command in a process of its own; its address, once it says that it serves."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "intactkv.cli", "serve", *map(str, args), "--port", str(port)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    try:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("serving "):
+                break
+        else:
+            raise AssertionError("it ended before it served")
+        yield f"http://127.0.0.1:{port}", process
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def post(url: str, body: Any) -> tuple[int, dict[str, str], Any]:
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    try:
+        with urlopen(Request(url, data, {"Content-Type": "application/json"}), timeout=120) as answer:
+            return answer.status, dict(answer.headers), json.loads(answer.read())
+    except HTTPError as error:
+        return error.code, dict(error.headers), json.loads(error.read())
+
+
+def tokens(said: str) -> list[int]:
+    """The ids of a text of this vocabulary, `t12t7`."""
+    return [int(each) for each in re.findall(r"t(\d+)", said)]
+
+
+def prompts(count: int) -> list[list[int]]:
+    """Most with the prefix, some with a part of it, some without, some with no more than it."""
+    rng, found = random.Random(0), []
+    for i in range(count):
+        at = rng.randrange(len(text()) - 60)
+        rest = text()[at : at + rng.randrange(5, 50)]
+        head = {0: [], 1: IDS[:5]}.get(i % 6, IDS)
+        found.append([*head, *rest])
+    return [*found[:-2], IDS, IDS[:4]]
+
+
+def children(process: subprocess.Popen[str]) -> list[int]:
+    told = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return [int(each) for each in told]
+
+
+def test_mixed_requests_and_a_killed_server(pair: Pair) -> None:
+    """200 requests, 8 at once, streamed or not; then the server is killed: errors, nothing wrong, all right again."""
+    asked = prompts(200)
+    want = [pair.greedy(ids, 8) for ids in asked]
+    intact = [i for i, ids in enumerate(asked) if ids[: len(IDS)] == IDS and len(ids) > len(IDS)][:30]
+    plain = {i: pair.greedy(asked[i], 8, intact=False) for i in intact}
+    assert sum(want[i] != plain[i] for i in intact) > 10, "nothing to get wrong"
+    with serving(pair.gguf, "--kv", pair.file, *F32) as (url, process):
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=120)
+
+        def ask(i: int) -> tuple[list[int], int] | str:
+            given = {"model": "m", "prompt": asked[i], "max_tokens": 8, "temperature": 0}
+            try:
+                if i % 2:
+                    stream = client.completions.create(**given, stream=True)
+                    rows = int(stream.response.headers["X-IntactKV-Rows"])
+                    return tokens("".join(chunk.choices[0].text for chunk in stream)), rows
+                raw = client.completions.with_raw_response.create(**given)
+                return tokens(raw.parse().choices[0].text), int(raw.headers["X-IntactKV-Rows"])
+            except openai.APIError as error:
+                return str(error)
+
+        with ThreadPoolExecutor(8) as pool:
+            told = list(pool.map(ask, range(len(asked))))
+            for i, answer in enumerate(told):
+                assert answer == (want[i], min(common_prefix(asked[i], IDS), len(asked[i]) - 1)), (i, asked[i])
+            again = [pool.submit(ask, i) for i in range(60)]
+            os.kill(children(process)[0], signal.SIGKILL)
+            answers = [each.result() for each in again]
+        failed = [answer for answer in answers if isinstance(answer, str)]
+        assert failed
+        assert all("llama-server" in each for each in failed), failed
+        assert all(isinstance(a, str) or a[0] == want[i] for i, a in enumerate(answers))
+        until = time.monotonic() + 60
+        while isinstance(ask(0), str):
+            assert time.monotonic() < until
+            time.sleep(0.2)
+        with ThreadPoolExecutor(8) as pool:
+            for i, answer in enumerate(pool.map(ask, range(40))):
+                assert not isinstance(answer, str), answer
+                assert answer[0] == want[i]
+
+
+def test_requests_that_cannot_be_right(pair: Pair) -> None:
+    """Refused with a sentence, in OpenAI's form; others pass."""
+    with serving(pair.gguf, "--kv", pair.file, *F32, "--parallel", "2", "--no-kv-unified", "-fa", "off") as (
+        url,
+        process,
+    ):
+        for path, body, status, sentence in (
+            ("/completion", {"prompt": IDS, "id_slot": 1}, 400, "id_slot is what the proxy gives"),
+            ("/v1/completions", {"prompt": [IDS, IDS]}, 400, "2 prompts in one request"),
+            ("/v1/completions", {"prompt": IDS, "n": 2}, 400, "n=2 spreads one prompt over slots"),
+            ("/v1/completions", b"{", 400, "the request is no JSON"),
+            ("/v1/completions", [1], 400, "the request must be an object"),
+            ("/slots/0?action=erase", {}, 404, "POST /slots/0 is not offered with an intact prefix"),
+            ("/v1/embeddings", {}, 404, "POST /v1/embeddings is not offered"),
+        ):
+            code, _, told = post(url + path, body)
+            assert code == status
+            assert sentence in told["error"]["message"]
+        ids = [*IDS, *text()[:20]]
+        code, headers, told = post(f"{url}/completion", {"prompt": [ids], "n_predict": 4, "temperature": 0})
+        assert (code, headers["X-IntactKV-Rows"]) == (200, str(len(IDS)))
+        assert tokens(told["content"]) == pair.greedy(ids, 4)
+        assert post(f"{url}/detokenize", {"tokens": [5]})[2] == {"content": "t5"}
+        with urlopen(f"{url}/v1/models") as answer:
+            assert answer.status == 200
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=120)
+        stream = client.completions.create(model="m", prompt=ids, max_tokens=300, temperature=0, stream=True)
+        first = next(iter(stream)).choices[0].text
+        server = children(process)[0]
+        process.terminate()  # what is under way is answered first
+        whole = tokens(first + "".join(chunk.choices[0].text for chunk in stream))
+        assert len(whole) == 300
+        assert process.wait(60) == 0
+        assert not Path(f"/proc/{server}").exists()
+
+
+def test_a_state_that_is_not_used_is_not_served(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that says it restored and did not: asked again, then refused."""
+
+    async def run() -> tuple[int, str]:
+        engine = Engine(installed_program(), str(pair.gguf), states_for(str(pair.file), str(pair.gguf), F32), F32)
+        ready = asyncio.Event()
+        running = asyncio.create_task(engine.run(ready.set))
+        await asyncio.wait({running, asyncio.create_task(ready.wait())}, return_when=asyncio.FIRST_COMPLETED)
+
+        async def restore(self: Engine, slot: Any, server: Any = None) -> None:
+            await self.server.ask(f"/slots/{slot.number}?action=erase", {})
+            slot.intact = True
+
+        monkeypatch.setattr(Engine, "restore", restore)
+        for slot in engine.slots:
+            slot.intact = False
+        async with TestClient(TestServer(Proxy(engine).app())) as client:
+            answer = await client.post("/completion", json={"prompt": [*IDS, 5, 6], "n_predict": 2})
+            told = await answer.json()
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+        return answer.status, told["error"]["message"]
+
+    status, said = asyncio.run(run())
+    assert status == 502
+    assert "did not use the intact prefix (cache_n 0); not served" in said
+
+
+def test_the_native_route(pair: Pair, tmp_path: Path) -> None:
+    """A state that llama.cpp computes of a full GGUF, for a quantized cache; only its own model takes it."""
+    cache_of = ["-ctk", "q8_0", "-ctv", "q8_0", "-c", "1024", "-t", "2"]
+    origin, out = write_gguf(pair.source, tmp_path / "full.gguf"), tmp_path / "native.bin"
+    ids = ",".join(map(str, IDS))
+    done = intactkv("capture", origin, "-o", out, "--engine", "llama.cpp", "--ids", ids, "--gguf", pair.gguf, *cache_of)
+    assert done.returncode == 0, done.stderr
+    assert SavedState(out).ids == IDS
+    asked = [*IDS, *text()[:30]]
+    with serving(pair.gguf, "--kv", out, *cache_of) as (url, _):
+        status, headers, _ = post(f"{url}/completion", {"prompt": asked, "n_predict": 4})
+        assert (status, headers["X-IntactKV-Rows"]) == (200, str(len(IDS)))
+    plain = ["-c", "1024", "-t", "2"]
+    done = intactkv("serve", pair.gguf, "--kv", out, *plain)
+    assert done.returncode == 1
+    assert "llama-server takes none of the states" in done.stderr
+    torch.manual_seed(1)
+    other = write_gguf(type(pair.full)(pair.full.config).eval(), tmp_path / "other.gguf")
+    for command in (
+        ("serve", other, "--kv", out, *cache_of),
+        (
+            "capture",
+            origin,
+            "-o",
+            tmp_path / "x.bin",
+            "--engine",
+            "llama.cpp",
+            "--ids",
+            ids,
+            "--gguf",
+            other,
+            *cache_of,
+        ),
+    ):
+        done = intactkv(*command)
+        assert done.returncode == 1
+        assert "makes other values of these tokens" in done.stderr
+    assert not (tmp_path / "x.bin").exists()
+    (tmp_path / "native.bin.check").unlink()
+    assert "which says whose state it is, cannot be read" in intactkv("serve", pair.gguf, "--kv", out, *cache_of).stderr
+
+
+def test_the_prefix_of_a_gguf(pair: Pair, tmp_path: Path) -> None:
+    """[BOS] by name; texts of a vocabulary; a quantized GGUF is no full model."""
+    done = intactkv("capture", pair.gguf, "-o", tmp_path / "bos.bin", "--engine", "llama.cpp", "-c", "512")
+    assert done.returncode == 0, done.stderr
+    assert SavedState(tmp_path / "bos.bin").ids == [pair.full.config.bos_token_id]
+    q4 = write_gguf(pair.full, tmp_path / "q4.gguf", "Q4_0")
+    done = intactkv("capture", q4, "-o", tmp_path / "q.bin", "--engine", "llama.cpp")
+    assert done.returncode == 1
+    assert "has tensors of Q4_0; an intact KV comes from the full model" in done.stderr
+    for args, sentence in (
+        (["--engine", "vllm"], "--engine vllm is not known"),
+        (["--engine", "llama.cpp", "--prefix", "auto"], "with --engine llama.cpp the prefix is"),
+        (["--engine", "llama.cpp", "--system", "x"], "--system goes with --prefix chat"),
+        (["--gguf", str(q4)], "--gguf is not known without --engine llama.cpp"),
+        (["--typo"], "--typo is not known without --engine llama.cpp"),
+    ):
+        done = intactkv("capture", pair.gguf, "-o", tmp_path / "q.bin", *args)
+        assert done.returncode == 1
+        assert sentence in " ".join(done.stderr.split())
+
+
+def test_what_serve_refuses_before_it_starts(pair: Pair, tmp_path: Path) -> None:
+    """Wrong pairs, caches that cannot be written, options that are ours, a taken port."""
+    (tmp_path / "junk.bin").write_bytes(b"qsgg" + b"\\xff" * 40)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        for args, sentence in (
+            ([], "a GGUF holds no intact KV; name it by --kv"),
+            (["--kv", pair.file, "--mode", "external"], "--mode and --print are for vLLM"),
+            (["--kv", pair.file, "--port", "x"], "--port x is no number"),
+            (["--kv", pair.file, "-ctk", "q8_0", "-ctv", "q8_0"], "a cache of q8_0 holds rows as its build rounds"),
+            (["--kv", pair.file, "-ctk", "f32"], "keys of f32 beside values of f16 are not written here"),
+            (["--kv", tmp_path / "junk.bin"], "is no sequence state of llama.cpp"),
+            (["--kv", pair.file, *F32, "--cache-ram", "64"], "--cache-ram is given to llama-server here"),
+            (["--kv", pair.file, *F32, "--no-such-option"], "llama-server ended with code"),
+            (["--kv", pair.file, *F32, "--port", str(taken.getsockname()[1])], "cannot listen on 127.0.0.1"),
+        ):
+            done = intactkv("serve", pair.gguf, *args)
+            assert done.returncode == 1, args
+            assert sentence in " ".join(done.stderr.split()), (args, done.stderr)
+
+
+def test_command_lines() -> None:
+    assert option(["-c", "5", "--port=7"], "--port") == "7"
+    assert option(["-c", "5"], "-c", "--ctx-size") == "5"
+    assert option(["-c"], "-c") is None
+    assert without(["--host", "h", "-c", "5", "--port=7"], "--host", "--port") == ["-c", "5"]
+    assert server_command(["x"], "m", 1, "f/", ["-c", "5"])[-4:] == ["--cache-ram", "0", "-c", "5"]
+    with pytest.raises(IntactKVError, match="--host is given to llama-server here"):
+        server_command(["x"], "m", 1, "f/", ["--host", "0.0.0.0"])
+    assert check_body(b'{"prompt": [[1, 2]]}') == {"prompt": [1, 2]}
+    with pytest.raises(Refusal, match="best_of=3 spreads"):
+        check_body(b'{"prompt": "a", "best_of": 3}')
