@@ -25,7 +25,7 @@ import openai
 
 from intactkv.serving.llama_server import installed_program, server_command
 
-WORDS = "the model reads a line of text and says what comes next in the story about an old house by the sea".split()
+WORDS = ["the", "model", "reads", "a", "line", "of", "text", "and", "says", "what", "comes", "next", "by", "the", "sea"]
 
 
 def free_port() -> int:
@@ -71,8 +71,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--system", default=None)
     parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--threads", type=int, default=1, help="llama-server's; it spins, the rest needs a core")
     given = parser.parse_args()
-    more, ports = ["-c", "4096", "-t", "2"], {"bare": free_port(), "proxy": free_port()}
+    more, ports = ["-c", "4096", "-t", str(given.threads)], {"bare": free_port(), "proxy": free_port()}
     with tempfile.TemporaryDirectory() as folder:
         bare = server_command(installed_program(), given.model, ports["bare"], f"{folder}/", more)
         proxy = [sys.executable, "-m", "intactkv.cli", "serve", given.model, "--kv", given.kv, "--port",

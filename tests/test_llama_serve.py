@@ -34,6 +34,7 @@ from transformers import DynamicCache, PreTrainedModel
 from intactkv import IntactKV, IntactKVError, capture
 from intactkv.checkpoint.load import load_model, load_tokenizer
 from intactkv.demo import MODEL, TEXT
+from intactkv.serving.gguf import opened
 from intactkv.serving.layout import common_prefix
 from intactkv.serving.llama_capture import states_for
 from intactkv.serving.llama_cpp import SavedState
@@ -220,7 +221,7 @@ def test_a_state_that_is_not_used_is_not_served(pair: Pair, monkeypatch: pytest.
     """A server that says it restored and did not: asked again, then refused."""
 
     async def run() -> tuple[int, str]:
-        engine = Engine(installed_program(), str(pair.gguf), states_for(str(pair.file), str(pair.gguf), F32), F32)
+        engine = Engine(installed_program(), str(pair.gguf), states_for(str(pair.file), opened(pair.gguf), F32), F32)
         ready = asyncio.Event()
         running = asyncio.create_task(engine.run(ready.set))
         await asyncio.wait({running, asyncio.create_task(ready.wait())}, return_when=asyncio.FIRST_COMPLETED)

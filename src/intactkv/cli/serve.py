@@ -64,6 +64,8 @@ def _serve_gguf(model: str, kv: str | None, arguments: Sequence[str], *, check: 
     host, port = option(arguments, "--host") or "127.0.0.1", option(arguments, "--port") or "8080"
     if not port.isdecimal():
         raise IntactKVError(f"--port {port} is no number; use one from 1 to 65535")
-    more = with_windows(opened(model), without(arguments, "--host", "--port"))
-    engine = Engine(installed_program(), model, states_for(kv, model, more, check=check), more)
+    with console.status(f"reading {model}"):
+        gguf = opened(model)
+        more = with_windows(gguf, without(arguments, "--host", "--port"))
+        engine = Engine(installed_program(), model, states_for(kv, gguf, more, check=check), more)
     asyncio.run(serve(engine, host, int(port), lambda said: console.print(said, markup=False, highlight=False)))

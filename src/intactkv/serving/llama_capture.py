@@ -61,12 +61,11 @@ async def capture_state(
     return tokens
 
 
-def states_for(kv: str, gguf: str, more: Sequence[str] = (), *, check: bool = True) -> States:
-    """The states with which a server of `gguf` with the options `more` is filled: from an artifact, or a saved one.
+def states_for(kv: str, model: Gguf, more: Sequence[str] = (), *, check: bool = True) -> States:
+    """The states with which a server of `model` with the options `more` is filled: from an artifact, or a saved one.
 
     Raises `IntactKVError` for a `kv` of another model, and for caches that an artifact's rows cannot be written for.
     """
-    model = opened(gguf)
     if is_state(kv):
         saved = SavedState(kv)
         if check:
