@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -22,6 +23,11 @@ def blocks(model: PreTrainedModel) -> list[nn.Module]:
     if not lists:
         raise IntactKVError(f"{type(model).__name__} has no list of {layers} blocks; this model is not supported")
     return list(lists[0])
+
+
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Where a model takes its ids: its own device, the CPU where its weights are on the disk."""
+    return torch.device("cpu") if model.device.type == "meta" else model.device
 
 
 @contextmanager

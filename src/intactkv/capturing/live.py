@@ -22,6 +22,7 @@ from intactkv.attaching.handle import is_attached
 from intactkv.capturing.record import recorded
 from intactkv.checkpoint.load import load_model
 from intactkv.checkpoint.source import quantizer, refuse_quantized
+from intactkv.checkpoint.stream import larger_than_memory, load_streamed, streamed
 from intactkv.error import IntactKVError
 from intactkv.positions import check_positions
 
@@ -40,6 +41,7 @@ def capture(
     tokenizer: PreTrainedTokenizerBase | None = None,
     logits: bool = True,
     allow_quantized: bool = False,
+    stream: bool | None = None,
 ) -> IntactKV:
     """The intact KV of the prefix `ids`, computed by `model` in one forward of P tokens.
 
@@ -49,7 +51,9 @@ def capture(
     digest. Without `logits` the artifact is smaller, by two thirds for a chat prefix, and an attached model gives its
     own logits at prefix positions, the prediction of the first token after the prefix included; those after it are the
     same. The model is left as it was, training mode included. A quantized model, whose keys and values are what an
-    intact KV is to replace, is taken only with `allow_quantized`; the provenance then names its quantizer.
+    intact KV is to replace, is taken only with `allow_quantized`; the provenance then names its quantizer. A path is
+    streamed, its weights read matrix by matrix and never held, where `stream` says so, by default where the checkpoint
+    takes more than a quarter of the free memory; the result is the same, bit for bit.
 
     Raises `IntactKVError` for ids that are no token ids of the vocabulary, for a path without a causal LM or with
     tensors that do not fit it, for quantized models, encoder-decoders, for a model that has an intact KV attached, for
@@ -57,7 +61,7 @@ def capture(
     value is NaN or infinite.
     """
     if not isinstance(model, PreTrainedModel):
-        model = _loaded(model)
+        model = _loaded(model, stream)
     if not allow_quantized:
         refuse_quantized(model.config)
     if model.config.is_encoder_decoder:
@@ -71,12 +75,14 @@ def capture(
     check_positions(model.config, len(prefix), "the prefix")
 
     raw: list[Tensor] = []
+    if (store := streamed(model)) is not None:
+        store.skip_head = not logits
     handle = head.register_forward_hook(lambda module, args, output: raw.append(output[0].detach().cpu().clone()))
     try:
         batch = recorded(model, prefix[None])
     finally:
         handle.remove()
-    _check_causal(model, prefix)
+    _check_causal(model, prefix, most=None if store is None else 2)
     layers = {i: (key[0].clone(), value[0].clone()) for i, (key, value) in batch.items()}
     check_finite(layers, "load the full model in float32 or bfloat16 and check its weights")
     about = fingerprint(model.config), _provenance(model, tokenizer)
@@ -85,14 +91,15 @@ def capture(
     return kv
 
 
-def _check_causal(model: PreTrainedModel, prefix: Tensor) -> None:
+def _check_causal(model: PreTrainedModel, prefix: Tensor, *, most: int | None) -> None:
     """Refuse a model in which a later token changes an earlier one's keys and values: these could not be kept.
 
-    One forward of four tokens: the first prefix token twice, followed by two different ones.
+    One forward of four tokens: the first prefix token twice, followed by two different ones. What looks ahead does so
+    from the second layer on, so that `most` 2 is enough where each layer has to be read.
     """
     vocab = model.config.get_text_config(decoder=True).vocab_size
     first = int(prefix[0])
-    for layer, pair in recorded(model, torch.tensor([[first, vocab // 2], [first, vocab - 1]])).items():
+    for layer, pair in recorded(model, torch.tensor([[first, vocab // 2], [first, vocab - 1]]), most=most).items():
         for name, tensor in zip(("keys", "values"), pair, strict=True):
             one, other = tensor[:, :, 0].double()
             off = float((one - other).norm() / one.norm().clamp(min=1e-30))
@@ -103,12 +110,15 @@ def _check_causal(model: PreTrainedModel, prefix: Tensor) -> None:
                 )
 
 
-def _loaded(path: str | os.PathLike[str]) -> PreTrainedModel:
+def _loaded(path: str | os.PathLike[str], stream: bool | None) -> PreTrainedModel:
     if not isinstance(path, str | os.PathLike):
         raise IntactKVError(
             f"capture needs a transformers PreTrainedModel or a path, not {type(path).__name__}; give it the model "
             "inside the wrapper (before torch.compile or PEFT)"
         )
+    if stream or (stream is None and larger_than_memory(path)):
+        log.info("streaming %s", path)
+        return load_streamed(path, dtype=torch.float32)
     return load_model(path, dtype=torch.float32)
 
 
@@ -137,7 +147,7 @@ def _provenance(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | Non
     return {
         "model": str(model.config.name_or_path),
         "revision": getattr(model.config, "_commit_hash", None),
-        "weights": weights_digest(model),
+        "weights": weights_digest(model) if (store := streamed(model)) is None else store.digest,
         "dtype": str(model.dtype).removeprefix("torch."),
         "tokenizer": None if tokenizer is None else tokenizer_digest(tokenizer),
         "basis": "full",

@@ -10,19 +10,25 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from intactkv.decoder import input_device
 from intactkv.error import IntactKVError
 
 
 @torch.no_grad()
-def recorded(model: PreTrainedModel, ids: Int[Tensor, "batch token"]) -> dict[int, tuple[Tensor, Tensor]]:
+def recorded(
+    model: PreTrainedModel, ids: Int[Tensor, "batch token"], *, most: int | None = None
+) -> dict[int, tuple[Tensor, Tensor]]:
     """What each layer hands to `Cache.update` for `ids`: keys and values `(batch, head, token, dim)` on the CPU.
 
-    Computed in eval mode; the model is left as it was. Raises `IntactKVError` where no layer has keys and values.
+    Computed in eval mode; the model is left as it was. After `most` layers the forward is broken off. Raises
+    `IntactKVError` where no layer has keys and values.
     """
-    cache, training = _Recorder(config=model.config), [module for module in model.modules() if module.training]
+    cache, training = _Recorder(most, config=model.config), [module for module in model.modules() if module.training]
     model.eval()
     try:
-        model(input_ids=ids.to(model.device), past_key_values=cache, use_cache=True)
+        model(input_ids=ids.to(input_device(model)), past_key_values=cache, use_cache=True)
+    except _Enough:
+        pass
     except ValueError as error:
         if isinstance(error, IntactKVError) or "cache" not in str(error).lower():
             raise
@@ -40,12 +46,17 @@ def recorded(model: PreTrainedModel, ids: Int[Tensor, "batch token"]) -> dict[in
     return {i: cache.recorded[i] for i in sorted(cache.recorded)}
 
 
+class _Enough(Exception):
+    """As many layers as were asked for."""
+
+
 class _Recorder(DynamicCache):
     """A dynamic cache that also keeps a copy of what each layer handed in."""
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, most: int | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.recorded: dict[int, tuple[Tensor, Tensor]] = {}
+        self._most = most
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -53,6 +64,8 @@ class _Recorder(DynamicCache):
         if layer_idx in self.recorded:
             raise IntactKVError(f"layer {layer_idx} updates its cache twice in one forward; this model is unsupported")
         self.recorded[layer_idx] = (key_states.cpu().clone(), value_states.cpu().clone())
+        if len(self.recorded) == self._most:
+            raise _Enough
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
 

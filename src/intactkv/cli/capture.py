@@ -35,6 +35,14 @@ def capture_command(
     logits: Annotated[
         bool, typer.Option("--logits/--no-logits", help="Keep the prefix's logits, which engines never read.")
     ] = True,
+    stream: Annotated[
+        bool | None,
+        typer.Option(
+            "--stream/--no-stream",
+            help="Read the weights matrix by matrix, never holding them; by default where MODEL takes more than a "
+            "quarter of the free memory.",
+        ),
+    ] = None,
     device: Device = "auto",
     dtype: DType = "auto",
     engine: Annotated[
@@ -59,9 +67,12 @@ def capture_command(
     if context.args or gguf is not None:
         given = context.args[0] if context.args else "--gguf"
         raise IntactKVError(f"{given} is not known without --engine llama.cpp; leave it out")
+    import torch
+
     from intactkv.capturing.live import capture
-    from intactkv.checkpoint.load import device_named, load_model_on, load_tokenizer
+    from intactkv.checkpoint.load import device_named, dtype_named, load_model_on, load_tokenizer
     from intactkv.checkpoint.source import refuse_quantized
+    from intactkv.checkpoint.stream import larger_than_memory, load_streamed
     from intactkv.demo import TEXT
     from intactkv.pivots import without_pivot
     from intactkv.pivots.discover import behind
@@ -76,8 +87,16 @@ def capture_command(
     chosen = [] if auto and ids is None else prefix_ids(tokenizer, prefix, system, ids)
     if dtype == "auto" and device_named(device).type == "cpu":
         dtype = "float32"  # so few tokens take no time, and bfloat16 costs a value up to 0.4 % of itself
+    streams = larger_than_memory(model) if stream is None else stream
+    if streams and auto:
+        raise IntactKVError(
+            "--prefix auto reads the model over and over; name a prefix, or add --no-stream"
+        )
     with console.status(f"loading {model}"):
-        full = load_model_on(model, device, dtype=dtype)
+        if streams:
+            full = load_streamed(model, dtype=dtype_named(dtype, model, torch.device("cpu")))
+        else:
+            full = load_model_on(model, device, dtype=dtype)
     if not allow_quantized:
         refuse_quantized(full.config)
     if auto:
@@ -87,9 +106,9 @@ def capture_command(
             chosen = discover(full, tokenizer, text)
     with console.status(f"capturing {len(chosen)} tokens"):
         kv = capture(full, chosen, tokenizer=tokenizer, logits=logits, allow_quantized=allow_quantized)
-        tokens = first_tokens(tokenizer, text, 4096)
-        idle = without_pivot(full, behind(chosen, tokens), size=len(chosen))
         kv.save(out)
+        tokens = first_tokens(tokenizer, text, 4096)
+        idle = None if streams else without_pivot(full, behind(chosen, tokens), size=len(chosen))
     console.print(f"{out}: {kv}")
     console.print(f"prefix {chosen} = {tokenizer.decode(chosen)!r}", markup=False)
     if idle is not None:

@@ -1,0 +1,232 @@
+"""A model whose weights stay on the disk: each matrix is mapped, used and let go while a forward passes through.
+
+accelerate's disk offload uses what safetensors files hold where it lies; its hooks do the work. What they would load
+whole, and a prefix does not need, is done here: of the vocabulary's embeddings only the rows of the ids are read, of
+the head slices. So a forward needs memory for one matrix, and the time of reading the blocks once.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import weakref
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from intactkv.artifact.digest import joined, tensor_digest
+from intactkv.checkpoint.source import config_of, is_gguf, refuse_quantized
+from intactkv.decoder import blocks
+from intactkv.error import IntactKVError, first_line
+
+_SLICE = 8192  # rows of the head at a time
+_BIG = 2**25  # bytes from which a module beside the blocks stays on the disk too
+_HASHED_LATER = 4  # matrices that may wait to be hashed
+
+
+def stored_bytes(source: str | os.PathLike[str]) -> int | None:
+    """The size of a folder's safetensors; None for what is not streamed (a Hub name, a GGUF, other files)."""
+    if is_gguf(source) or not Path(source).is_dir():
+        return None
+    return sum(path.stat().st_size for path in Path(source).glob("*.safetensors")) or None
+
+
+def larger_than_memory(source: str | os.PathLike[str]) -> bool:
+    """Whether a checkpoint is streamed without being asked: where it takes more than a quarter of the free memory."""
+    size = stored_bytes(source)
+    if size is None or find_spec("accelerate") is None:
+        return False
+    import psutil  # accelerate brings it
+
+    return bool(size > psutil.virtual_memory().available / 4)
+
+
+def streamed(model: PreTrainedModel) -> Store | None:
+    """Where the weights of a streamed model come from; None for any other."""
+    return getattr(model, "_intactkv_store", None)
+
+
+def load_streamed(source: str | os.PathLike[str], *, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
+    """A causal LM in eval mode from a folder of safetensors, whose weights are read at each forward.
+
+    Tensors that transformers merges on loading (experts) are written to a temporary folder once (TMPDIR). Raises
+    `IntactKVError` for other sources and for quantized ones, where a tensor is missing, unexpected or of another shape,
+    and where accelerate is not installed.
+    """
+    if find_spec("accelerate") is None:
+        raise IntactKVError("streaming a checkpoint needs accelerate: pip install 'intactkv[stream]'")
+    if stored_bytes(source) is None or (config := config_of(source)) is None:
+        raise IntactKVError(f"{source} cannot be streamed: give a folder with config.json and *.safetensors")
+    refuse_quantized(config)
+    folder = tempfile.mkdtemp(prefix="intactkv-")
+    try:
+        with torch.device("meta"):
+            skeleton = AutoModelForCausalLM.from_config(config)
+        wide = (
+            dtype == torch.float32
+        )  # is made of what is stored, matrix by matrix; transformers would hold all at once
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source, dtype="auto" if wide else dtype, device_map=_places(skeleton), offload_folder=folder,
+            output_loading_info=True,
+        )  # fmt: skip
+        model, report = loaded
+        if wide:
+            _widen_(model)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise IntactKVError(f"{source} cannot be streamed: {first_line(error)}") from error
+    weakref.finalize(model, shutil.rmtree, folder, ignore_errors=True)
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if names := sorted(map(str, report[kind])):
+            raise IntactKVError(f"{source} does not fit {type(model).__name__}: {kind.replace('_', ' ')}: {names[0]}")
+    model._intactkv_store = Store(model)
+    return model.eval()
+
+
+def _widen_(model: PreTrainedModel) -> None:
+    """Let a model compute in float32: accelerate's hooks give each matrix the type that its place has."""
+    for module in model.modules():
+        parts: Any = (module._parameters, module._buffers)
+        for held in parts:
+            for name, tensor in held.items():
+                if tensor is not None and tensor.dtype in (torch.bfloat16, torch.float16):
+                    wide = tensor.detach().float()
+                    held[name] = nn.Parameter(wide, requires_grad=False) if held is module._parameters else wide
+    model.config.dtype = torch.float32
+
+
+def _places(skeleton: PreTrainedModel) -> dict[str, str]:
+    """Where each part's weights are: the blocks' and other large ones on the disk, small ones in memory."""
+    layers = blocks(skeleton)
+    inside = {id(module) for block in layers for module in block.modules()}
+    heads = {id(block) for block in layers}
+    found = {}
+    for name, module in skeleton.named_modules():
+        if id(module) in heads:
+            found[name] = "disk"
+        held = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        if held and id(module) not in inside:
+            found[name] = "disk" if sum(4 * each.numel() for each in held) > _BIG else "cpu"
+    return found
+
+
+class Store(Mapping[str, Tensor]):
+    """The weights on the disk by name, and the digest of all that was read of them.
+
+    It takes the place of accelerate's own loader behind every hook of `model`.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.skip_head = False
+        self._digests: dict[str, Future[str]] = {}
+        self._pool = ThreadPoolExecutor(1, "sha256")
+        self._loader: Any = None
+        for module in model.modules():
+            hook: Any = getattr(module, "_hf_hook", None)
+            if (weights := getattr(hook, "weights_map", None)) is not None:
+                self._loader = weights.dataset
+                weights.dataset = self
+        if self._loader is not None:
+            self._read_rows_(model)
+            self._read_slices_(model)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over the digests of every tensor, row and slice that was read, as stored."""
+        return "read: " + joined({}, {name: each.result() for name, each in self._digests.items()})
+
+    def __getitem__(self, name: str) -> Tensor:
+        entry = self._loader.index.get(name, {})
+        if "safetensors_file" not in entry:  # what was merged on loading
+            tensor: Tensor = self._loader[name]
+            self._hash(name, tensor)
+            return tensor
+        try:
+            with safe_open(entry["safetensors_file"], framework="pt") as file:
+                stored = file.get_tensor(entry["weight_name"])
+        except (OSError, SafetensorError) as error:
+            raise IntactKVError(
+                f"{entry['safetensors_file']} does not give {entry['weight_name']} ({first_line(error)}); get it again"
+            ) from error
+        self._hash(name, stored)
+        return stored  # and the hook makes it of its place's type
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._loader)
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def _hash(self, name: str, tensor: Tensor) -> None:
+        if name in self._digests:
+            return
+        waiting = [each for each in self._digests.values() if not each.done()]
+        if len(waiting) >= _HASHED_LATER:
+            waiting[0].result()
+        self._digests[name] = self._pool.submit(tensor_digest, tensor)
+
+    def _part(self, name: str, rows: slice, dtype: torch.dtype) -> Tensor:
+        entry = self._loader.index[name]
+        with safe_open(entry["safetensors_file"], framework="pt") as file:
+            stored = file.get_slice(entry["weight_name"])[rows]
+        self._hash(f"{name}[{rows.start}:{rows.stop}]", stored)
+        return stored.to(dtype)
+
+    def _taken_over(self, module: Any) -> str | None:
+        """The name of a module's weight, if accelerate would load it whole; it does not from now on."""
+        from accelerate.hooks import remove_hook_from_module
+
+        weights = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
+        if weights is None or not isinstance(getattr(module, "weight", None), nn.Parameter):
+            return None
+        name = f"{weights.prefix}weight"
+        if "safetensors_file" not in self._loader.index.get(name, {}):
+            return None
+        remove_hook_from_module(module)
+        return name
+
+    def _read_rows_(self, model: PreTrainedModel) -> None:
+        """The embeddings read the rows of the ids alone."""
+        module: Any = model.get_input_embeddings()
+        if not isinstance(module, nn.Embedding) or (name := self._taken_over(module)) is None:
+            return
+        plain, padding = type(module).forward, module.padding_idx
+        # not "meta", where Llama 4 would put the ids; it takes no memory, and whoever reads it sees that it is none
+        nowhere = torch.full((), torch.nan, dtype=module.weight.dtype).expand(module.weight.shape)
+        module.weight = placeholder = nn.Parameter(nowhere, requires_grad=False)
+
+        def forward(ids: Int[Tensor, "*token"]) -> Tensor:
+            unique, places = ids.unique(return_inverse=True)
+            rows = torch.cat([self._part(name, slice(i, i + 1), nowhere.dtype) for i in unique.tolist()])
+            module.weight, module.padding_idx = nn.Parameter(rows, requires_grad=False), None
+            try:
+                return plain(module, places)
+            finally:
+                module.weight, module.padding_idx = placeholder, padding
+
+        vars(module)["forward"] = forward
+
+    def _read_slices_(self, model: PreTrainedModel) -> None:
+        """The head works a slice of the vocabulary at a time, or not at all."""
+        module: Any = model.get_output_embeddings()
+        if type(module) is not nn.Linear or module.bias is not None or (name := self._taken_over(module)) is None:
+            return
+        vocabulary = module.weight.shape[0]
+
+        def forward(hidden: Float[Tensor, "*token hidden"]) -> Tensor:
+            if self.skip_head:
+                return hidden[..., :1]
+            cuts = [slice(i, min(i + _SLICE, vocabulary)) for i in range(0, vocabulary, _SLICE)]
+            dtype = module.weight.dtype
+            return torch.cat([nn.functional.linear(hidden, self._part(name, cut, dtype)) for cut in cuts], -1)
+
+        module.forward = forward

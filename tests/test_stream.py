@@ -1,0 +1,120 @@
+"""Streaming: the artifact of a checkpoint that is never in memory is that of one that is, bit for bit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from models import ARCHITECTURES, PREFIX, Architecture, build
+from safetensors.torch import load_file, save_file
+from test_cli import intactkv
+
+from intactkv import IntactKV, IntactKVError, capture
+from intactkv.checkpoint import stream
+from intactkv.checkpoint.load import load_model
+from intactkv.checkpoint.stream import load_streamed, streamed
+from intactkv.demo import MODEL
+
+
+@pytest.fixture
+def on_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However small, the embeddings and the head are on the disk, and the head works in slices."""
+    monkeypatch.setattr(stream, "_BIG", 0)
+    monkeypatch.setattr(stream, "_SLICE", 64)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda each: each.name)
+def test_streamed_is_live(architecture: Architecture, tmp_path: Path, on_disk: None) -> None:
+    """Every architecture, from several shards, merged experts included."""
+    build(architecture).save_pretrained(tmp_path, max_shard_size="40KB")
+    live = capture(load_model(tmp_path, dtype=torch.float32), PREFIX)
+    model = load_streamed(tmp_path, dtype=torch.float32)
+    kv = capture(model, PREFIX)
+    assert kv.digest == live.digest
+    assert kv.logits is not None
+    assert torch.equal(kv.logits, live.logits)
+    assert kv.provenance["weights"].startswith("read: ")
+    without = capture(model, PREFIX, logits=False)
+    assert without.logits is None
+    assert all(torch.equal(a, b) for i in kv.layers for a, b in zip(kv.layers[i], without.layers[i], strict=True))
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.float32, "auto"])
+def test_types_of_storage(stored: torch.dtype, dtype: torch.dtype | str, tmp_path: Path, on_disk: None) -> None:
+    build(ARCHITECTURES[1]).to(stored).save_pretrained(tmp_path, max_shard_size="40KB")
+    if stored == torch.float16 and dtype == "auto":
+        pytest.skip("float16 on a CPU is slow")
+    live = capture(load_model(tmp_path, dtype=dtype), PREFIX)
+    assert capture(load_streamed(tmp_path, dtype=dtype), PREFIX).digest == live.digest
+
+
+def test_by_default_where_memory_is_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A path is streamed where it takes more than a quarter of what is free, or where `stream` says so."""
+    build(ARCHITECTURES[1]).save_pretrained(tmp_path)
+    kv = capture(tmp_path, PREFIX)
+    assert not kv.provenance["weights"].startswith("read: ")
+    assert capture(tmp_path, PREFIX, stream=True).provenance["weights"].startswith("read: ")
+    monkeypatch.setattr(stream, "stored_bytes", lambda source: 2**50)
+    assert capture(tmp_path, PREFIX).digest == kv.digest
+    assert capture(tmp_path, PREFIX).provenance["weights"].startswith("read: ")
+    assert not capture(tmp_path, PREFIX, stream=False).provenance["weights"].startswith("read: ")
+
+
+def test_the_digest_is_of_what_was_read(tmp_path: Path, on_disk: None) -> None:
+    """The same weights in other shards have it; a bit more has another; a row that no id names is not read."""
+    model = build(ARCHITECTURES[1])
+    folders = [tmp_path / name for name in ("a", "b", "c", "d")]
+    for folder, size in zip(folders, ("40KB", "5GB", "5GB", "5GB"), strict=True):
+        model.save_pretrained(folder, max_shard_size=size)
+    for folder, name, row in (
+        (folders[2], "model.layers.2.mlp.down_proj.weight", 0),
+        (folders[3], "model.embed_tokens.weight", 90),
+    ):
+        tensors = load_file(folder / "model.safetensors")
+        tensors[name][row, 0] += 1
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    a, b, c, d = (capture(folder, PREFIX, stream=True, logits=False).provenance["weights"] for folder in folders)
+    assert a == b == d != c
+
+
+def test_what_cannot_be_streamed(tmp_path: Path) -> None:
+    """One sentence, with the file and the tensor."""
+    model = build(ARCHITECTURES[1])
+    model.save_pretrained(tmp_path / "m", max_shard_size="40KB")
+    index = json.loads((tmp_path / "m" / "model.safetensors.index.json").read_text())
+    name = "model.layers.1.mlp.up_proj.weight"
+    shard = tmp_path / "m" / index["weight_map"][name]
+    whole = load_file(shard)
+
+    def said() -> str:
+        with pytest.raises(IntactKVError) as error:
+            capture(tmp_path / "m", PREFIX, stream=True)
+        return str(error.value)
+
+    save_file({n: t for n, t in whole.items() if n != name}, shard, {"format": "pt"})
+    assert name in said()
+    save_file({n: torch.full_like(t, torch.nan) if n == name else t for n, t in whole.items()}, shard, {"format": "pt"})
+    assert "NaN" in said() or "finite" in said()
+    shard.write_bytes(shard.read_bytes()[:-100])
+    assert shard.name in said() or "cannot be streamed" in said()
+    shard.unlink()
+    assert shard.name in said()
+    for source in (tmp_path / "none", tmp_path):
+        with pytest.raises(IntactKVError):
+            load_streamed(source)
+    assert streamed(model) is None
+
+
+def test_on_the_command_line(tmp_path: Path) -> None:
+    done = intactkv("capture", MODEL, "-o", tmp_path / "kv", "--stream")
+    assert done.returncode == 0, done.stderr
+    assert intactkv("capture", MODEL, "-o", tmp_path / "live").returncode == 0
+    kv, live = IntactKV.load(tmp_path / "kv"), IntactKV.load(tmp_path / "live")
+    assert kv.digest == live.digest
+    assert kv.provenance["weights"].startswith("read: ")
+    done = intactkv("capture", MODEL, "-o", tmp_path / "kv", "--stream", "--prefix", "auto")
+    assert done.returncode == 1
+    assert "--prefix auto reads the model over and over" in " ".join(done.stderr.split())
