@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
+import sys
 from collections import defaultdict
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,24 @@ def pytest_addoption(parser: Any) -> None:
 def pytest_configure(config: Any) -> None:
     if config.getoption("--regenerate") and config.getoption("numprocesses", None):
         raise pytest.UsageError("--regenerate collects figures in one process; leave -n out")
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: Any) -> Any:
+    """Note what passed in which engine, for docs/engines.md (runs/engines.py), where INTACTKV_ENGINES names a file."""
+    report = (yield).get_result()
+    marker, out = item.get_closest_marker("engine"), os.environ.get("INTACTKV_ENGINES")
+    if marker is None or out is None or report.when != "call" or not report.passed:
+        return
+    params = getattr(item, "callspec", None)
+    told = {name: str(of).format(**(params.params if params else {})) for name, of in marker.kwargs.items()}
+    package = told.pop("package")
+    try:
+        told["version"] = metadata.version(package)
+    except metadata.PackageNotFoundError:  # on the path, not installed
+        told["version"] = sys.modules[package].__version__
+    with open(out, "a", encoding="utf-8") as file:
+        file.write(json.dumps(told) + "\n")
 
 
 @pytest.fixture

@@ -211,6 +211,13 @@ json.dump(found, open(job["out"], "w"))
 """
 
 
+@pytest.mark.engine(
+    engine="llama.cpp server",
+    package="xllamacpp",
+    architecture="llama",
+    cache="{cache}",
+    how="export; {parallel} slots, unified {unified}, flash attention {flash}",
+)
 @pytest.mark.parametrize(
     ("flash", "cache", "parallel", "slot", "unified"),
     [("ENABLED", "f16", 1, 0, True), ("DISABLED", "f16", 1, 0, True), ("ENABLED", "f32", 1, 0, True),

@@ -26,6 +26,9 @@ def llm(pair: Pair, request: pytest.FixtureRequest) -> Llama:
     )
 
 
+@pytest.mark.engine(
+    engine="llama-cpp-python", package="llama_cpp", architecture="llama", cache="f32", how="intact_cache; {llm}"
+)
 def test_prompts_with_and_without_the_prefix(pair: Pair, llm: Llama) -> None:
     """Whatever came before, the rows that prompt and prefix share are the artifact's."""
     rest = [text()[60 * i : 60 * i + 30] for i in range(6)]

@@ -138,6 +138,13 @@ def children(process: subprocess.Popen[str]) -> list[int]:
     return [int(each) for each in told]
 
 
+@pytest.mark.engine(
+    engine="llama.cpp server",
+    package="xllamacpp",
+    architecture="llama",
+    cache="f32",
+    how="serve: 200 mixed requests, a killed server",
+)
 def test_mixed_requests_and_a_killed_server(pair: Pair) -> None:
     """200 requests, 8 at once, streamed or not; then the server is killed: errors, nothing wrong, all right again."""
     asked = prompts(200)
@@ -181,6 +188,13 @@ def test_mixed_requests_and_a_killed_server(pair: Pair) -> None:
                 assert answer[0] == want[i]
 
 
+@pytest.mark.engine(
+    engine="llama.cpp server",
+    package="xllamacpp",
+    architecture="llama",
+    cache="f32",
+    how="serve: 2 split slots, no flash attention",
+)
 def test_requests_that_cannot_be_right(pair: Pair) -> None:
     """Refused with a sentence, in OpenAI's form; others pass."""
     with serving(pair.gguf, "--kv", pair.file, *F32, "--parallel", "2", "--no-kv-unified", "-fa", "off") as (
@@ -245,6 +259,13 @@ def test_a_state_that_is_not_used_is_not_served(pair: Pair, monkeypatch: pytest.
     assert "did not use the intact prefix (cache_n 0); not served" in said
 
 
+@pytest.mark.engine(
+    engine="llama.cpp server",
+    package="xllamacpp",
+    architecture="llama",
+    cache="q8_0",
+    how="capture --engine llama.cpp, serve",
+)
 def test_the_native_route(pair: Pair, tmp_path: Path) -> None:
     """A state that llama.cpp computes of a full GGUF, for a quantized cache; only its own model takes it."""
     cache_of = ["-ctk", "q8_0", "-ctv", "q8_0", "-c", "1024", "-t", "2"]

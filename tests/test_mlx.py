@@ -61,6 +61,9 @@ def test_the_artifact_is_the_full_models_own_cache(models: dict[str, Path], kv: 
     assert [p.name for p in tmp_path.iterdir()] == ["prefix.safetensors"]
 
 
+@pytest.mark.engine(
+    engine="MLX-LM", package="mlx-lm", architecture="llama", cache="as computed", how="export; weights {name}"
+)
 @pytest.mark.parametrize("name", ["q4", "q3"])
 def test_a_quantized_model_with_it_is_the_one_with_the_full_models_cache(
     models: dict[str, Path], kv: IntactKV, name: str, tmp_path: Path

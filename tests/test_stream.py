@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from test_cli import intactkv
 
 from intactkv import IntactKV, IntactKVError, capture
+from intactkv.basis.compare import basis, show_noise
 from intactkv.checkpoint import stream
 from intactkv.checkpoint.load import load_model
 from intactkv.checkpoint.stream import load_streamed, streamed
@@ -106,6 +107,32 @@ def test_what_cannot_be_streamed(tmp_path: Path) -> None:
         with pytest.raises(IntactKVError):
             load_streamed(source)
     assert streamed(model) is None
+
+
+def test_check_streams_the_full_model(tmp_path: Path, on_disk: None) -> None:
+    """The relations are those of models in memory, for a rescaled model too."""
+    full = build(ARCHITECTURES[1])
+    full.save_pretrained(tmp_path, max_shard_size="40KB")
+    other = build(ARCHITECTURES[1])
+    with torch.no_grad():
+        other.model.layers[1].self_attn.v_proj.weight *= 2
+    live, read = show_noise(load_model(tmp_path)), show_noise(load_streamed(tmp_path))
+    assert torch.equal(live.embeddings, read.embeddings)
+    relations = [basis(shown, other) for shown in (live, read)]
+    assert [(r.layer, r.part, r.head, r.kind, r.residual) for r in relations[0]] == [
+        (r.layer, r.part, r.head, r.kind, r.residual) for r in relations[1]
+    ]
+    assert {r.kind for r in relations[1] if (r.layer, r.part) == (1, "value")} != {"same"}
+
+
+def test_check_on_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert intactkv("capture", MODEL, "-o", tmp_path / "kv").returncode == 0
+    command = ("check", MODEL, "--full", MODEL, "--kv", tmp_path / "kv")
+    live = intactkv(*command)
+    monkeypatch.setattr(stream, "stored_bytes", lambda source: 2**50)
+    read = intactkv(*command)
+    assert live.returncode == read.returncode == 0, read.stderr
+    assert live.stdout == read.stdout
 
 
 def test_on_the_command_line(tmp_path: Path) -> None:

@@ -23,6 +23,9 @@ MADE = os.environ.get("INTACTKV_CHECKPOINTS")
 MODELS = os.environ.get("INTACTKV_MODELS")
 
 
+@pytest.mark.engine(
+    engine="vLLM (CPU)", package="vllm", architecture="llama", cache="bfloat16", how="W4 by GPTQ made for its prefix"
+)
 @pytest.mark.skipif(MADE is None, reason="INTACTKV_CHECKPOINTS names no folder of checkpoints by `intactkv quantize`")
 @pytest.mark.parametrize("folder", sorted(Path(MADE).iterdir()) if MADE else [], ids=lambda path: path.name)
 def test_a_quantized_checkpoint_with_the_kv_it_was_made_for(folder: Path, tmp_path: Path) -> None:
@@ -38,6 +41,9 @@ def test_a_quantized_checkpoint_with_the_kv_it_was_made_for(folder: Path, tmp_pa
     assert apart["intact"] < 0.5 * apart["plain"], apart
 
 
+@pytest.mark.engine(
+    engine="vLLM (CPU)", package="vllm", architecture="{source}", cache="float32", how="4 bits, prefix {kind}"
+)
 @pytest.mark.skipif(MODELS is None, reason="INTACTKV_MODELS names no full model")
 @pytest.mark.parametrize("source", MODELS.split(os.pathsep) if MODELS else [], ids=lambda path: Path(path).parent.name)
 @pytest.mark.parametrize("kind", ["bos", "longer"])

@@ -42,6 +42,9 @@ def check(served: Served, found: Any, rounds: list[list[dict[str, Any]]], *, wit
                     plain.check(request, answer, within=PLAIN, same=False)
 
 
+@pytest.mark.engine(
+    engine="vLLM (CPU)", package="vllm", architecture="llama", cache="float32", how="eager; {mode}, prefix {prefix}"
+)
 @pytest.mark.parametrize("mode", ["auto", "overwrite"])
 @pytest.mark.parametrize("prefix", ["bos", "chat"])
 def test_eager(request: Any, prefix: str, mode: str, tmp_path: Path) -> None:
@@ -53,6 +56,7 @@ def test_eager(request: Any, prefix: str, mode: str, tmp_path: Path) -> None:
     assert (found.rows["external"] > 0) == (mode == "auto")
 
 
+@pytest.mark.engine(engine="vLLM (CPU)", package="vllm", architecture="llama", cache="float32", how="chunks; {mode}")
 @pytest.mark.parametrize("mode", ["auto", "external", "overwrite"])
 def test_a_chunk_ends_inside_the_prefix(chat: Served, mode: str, tmp_path: Path) -> None:
     rounds = [[r for r in each if not (r.get("prompt") and mode == "external")] for each in requests(chat.prefix)]
@@ -60,11 +64,15 @@ def test_a_chunk_ends_inside_the_prefix(chat: Served, mode: str, tmp_path: Path)
     check(chat, found, rounds)
 
 
+@pytest.mark.engine(engine="vLLM (CPU)", package="vllm", architecture="llama", cache="float32", how="compiled")
 def test_compiled(chat: Served, tmp_path: Path) -> None:
     rounds = requests(chat.prefix)
     check(chat, serve(chat.engine(enforce_eager=False), rounds, tmp_path), rounds)
 
 
+@pytest.mark.engine(
+    engine="vLLM (CPU)", package="vllm", architecture="llama", cache="float32", how="tensor parallel {ranks}"
+)
 @pytest.mark.parametrize("ranks", [2, 4])  # of two key heads: split, and replicated
 def test_tensor_parallel(chat: Served, ranks: int, tmp_path: Path) -> None:
     rounds = requests(chat.prefix)
@@ -74,11 +82,15 @@ def test_tensor_parallel(chat: Served, ranks: int, tmp_path: Path) -> None:
     assert found.rows == one.rows  # counted once, not by every rank
 
 
+@pytest.mark.engine(
+    engine="vLLM (CPU)", package="vllm", architecture="llama", cache="float32", how="pipeline parallel 2"
+)
 def test_pipeline_parallel(chat: Served, tmp_path: Path) -> None:
     rounds = requests(chat.prefix)
     check(chat, serve(chat.engine(pipeline_parallel_size=2, enforce_eager=False), rounds, tmp_path), rounds)
 
 
+@pytest.mark.engine(engine="vLLM (CPU)", package="vllm", architecture="llama", cache="float32", how="preempted; {mode}")
 @pytest.mark.parametrize("mode", ["auto", "overwrite"])
 def test_preempted_requests_get_their_rows_again(chat: Served, mode: str, tmp_path: Path) -> None:
     rounds = [[{"ids": chat.prefix + ids(5, seed=i), "max_tokens": 90} for i in range(6)]]
@@ -87,6 +99,9 @@ def test_preempted_requests_get_their_rows_again(chat: Served, mode: str, tmp_pa
     check(chat, found, rounds)
 
 
+@pytest.mark.engine(
+    engine="vLLM (CPU)", package="vllm", architecture="llama", cache="float32", how="scored, then served"
+)
 def test_a_scored_prompt_does_not_spoil_the_cache(chat: Served, tmp_path: Path) -> None:
     prompt = chat.prefix + ids(70, seed=1)
     rounds = [[{"ids": prompt, "prompt": True}], [{"ids": prompt}], [{"ids": prompt + ids(3, seed=2)}]]
@@ -114,6 +129,7 @@ def test_a_models_own_kv_changes_nothing(chat: Served, settings: dict[str, Any],
     assert sum(with_own.rows.values()) > 0
 
 
+@pytest.mark.engine(engine="vLLM (CPU)", package="vllm", architecture="llama", cache="fp8", how="bfloat16")
 def test_fp8_rows_are_written_as_the_engine_writes_its_own(chat: Served, tmp_path: Path) -> None:
     rounds = [[{"ids": chat.prefix + ids(n, seed=n), "max_tokens": 1} for n in (3, 40, 80)]]
     settings = {"kv_cache_dtype": "fp8", "dtype": "bfloat16"}
@@ -135,6 +151,9 @@ def test_fp8_rows_are_written_as_the_engine_writes_its_own(chat: Served, tmp_pat
     )
 
 
+@pytest.mark.engine(
+    engine="vLLM (CPU)", package="vllm", architecture="llama", cache="float32", how="speculation: n-grams, draft"
+)
 def test_speculation_by_n_grams_and_by_a_draft_model(chat: Served, tmp_path: Path) -> None:
     repeated = ids(6, seed=1) * 6
     rounds = [[{"ids": chat.prefix + repeated, "max_tokens": 24}, {"ids": chat.prefix + ids(9, seed=2)}]]
@@ -148,6 +167,7 @@ def test_speculation_by_n_grams_and_by_a_draft_model(chat: Served, tmp_path: Pat
     assert (found.rows["external"], found.rows["overwritten"] > 0) == (0, True)  # the draft computes its own rows
 
 
+@pytest.mark.engine(engine="vLLM (CPU)", package="vllm", architecture="llama", cache="float32", how="LoRA")
 def test_an_adapters_requests_get_no_rows(chat: Served, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     torch.manual_seed(1)

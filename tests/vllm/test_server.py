@@ -88,6 +88,13 @@ def stream(port: int, prompt: list[int]) -> list[int]:
     return [token for chunk in answer for choice in chunk.choices for token in (choice.token_ids or ())]
 
 
+@pytest.mark.engine(
+    engine="vLLM (CPU)",
+    package="vllm",
+    architecture="llama",
+    cache="float32",
+    how="OpenAI server, tensor parallel 2, 64 streams, a killed worker",
+)
 def test_many_streams_a_killed_worker_and_a_new_server(demo: Served) -> None:
     prompts = [demo.prefix + ids(10 + i, seed=i) for i in range(12)] + [ids(10 + i, seed=50 + i) for i in range(4)]
     intact = Reference(demo.model, demo.kv)

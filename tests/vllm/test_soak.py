@@ -8,6 +8,7 @@ from pathlib import Path
 from engine import Reference, Served, ids, serve
 
 
+@pytest.mark.engine(engine="vLLM (CPU)", package="vllm", architecture="llama", cache="float32", how="5,000 requests")
 def test_five_thousand_requests(chat: Served, tmp_path: Path) -> None:
     draw = random.Random(0)
     kinds = [

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from intactkv.artifact.digest import joined, tensor_digest
-from intactkv.checkpoint.source import config_of, is_gguf, refuse_quantized
+from intactkv.checkpoint.source import check_exists, config_of, refuse_quantized, weights_folder
 from intactkv.decoder import blocks
 from intactkv.error import IntactKVError, first_line
 
@@ -33,21 +33,18 @@ _BIG = 2**25  # bytes from which a module beside the blocks stays on the disk to
 _HASHED_LATER = 4  # matrices that may wait to be hashed
 
 
-def stored_bytes(source: str | os.PathLike[str]) -> int | None:
-    """The size of a folder's safetensors; None for what is not streamed (a Hub name, a GGUF, other files)."""
-    if is_gguf(source) or not Path(source).is_dir():
-        return None
-    return sum(path.stat().st_size for path in Path(source).glob("*.safetensors")) or None
+def stored_bytes(folder: str | os.PathLike[str]) -> int:
+    """The size of a folder's safetensors."""
+    return sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
 
 
 def larger_than_memory(source: str | os.PathLike[str]) -> bool:
-    """Whether a checkpoint is streamed without being asked: where it takes more than a quarter of the free memory."""
-    size = stored_bytes(source)
-    if size is None or find_spec("accelerate") is None:
+    """Whether a folder is streamed without being asked: where it takes more than a quarter of the free memory."""
+    if not Path(source).is_dir() or find_spec("accelerate") is None:
         return False
     import psutil  # accelerate brings it
 
-    return bool(size > psutil.virtual_memory().available / 4)
+    return bool(stored_bytes(source) > psutil.virtual_memory().available / 4)
 
 
 def streamed(model: PreTrainedModel) -> Store | None:
@@ -56,7 +53,7 @@ def streamed(model: PreTrainedModel) -> Store | None:
 
 
 def load_streamed(source: str | os.PathLike[str], *, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
-    """A causal LM in eval mode from a folder of safetensors, whose weights are read at each forward.
+    """A causal LM in eval mode from a folder or Hub name of safetensors, whose weights are read at each forward.
 
     Tensors that transformers merges on loading (experts) are written to a temporary folder once (TMPDIR). Raises
     `IntactKVError` for other sources and for quantized ones, where a tensor is missing, unexpected or of another shape,
@@ -64,8 +61,10 @@ def load_streamed(source: str | os.PathLike[str], *, dtype: torch.dtype | str = 
     """
     if find_spec("accelerate") is None:
         raise IntactKVError("streaming a checkpoint needs accelerate: pip install 'intactkv[stream]'")
-    if stored_bytes(source) is None or (config := config_of(source)) is None:
-        raise IntactKVError(f"{source} cannot be streamed: give a folder with config.json and *.safetensors")
+    check_exists(source)
+    where = weights_folder(source)
+    if not stored_bytes(where) or (config := config_of(where)) is None:
+        raise IntactKVError(f"{source} cannot be streamed: give a folder or Hub name with *.safetensors")
     refuse_quantized(config)
     folder = tempfile.mkdtemp(prefix="intactkv-")
     try:
@@ -75,7 +74,7 @@ def load_streamed(source: str | os.PathLike[str], *, dtype: torch.dtype | str = 
             dtype == torch.float32
         )  # is made of what is stored, matrix by matrix; transformers would hold all at once
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source, dtype="auto" if wide else dtype, device_map=_places(skeleton), offload_folder=folder,
+            where, dtype="auto" if wide else dtype, device_map=_places(skeleton), offload_folder=folder,
             output_loading_info=True,
         )  # fmt: skip
         model, report = loaded
@@ -89,6 +88,7 @@ def load_streamed(source: str | os.PathLike[str], *, dtype: torch.dtype | str = 
         if names := sorted(map(str, report[kind])):
             raise IntactKVError(f"{source} does not fit {type(model).__name__}: {kind.replace('_', ' ')}: {names[0]}")
     model._intactkv_store = Store(model)
+    model.config.name_or_path = str(source)
     return model.eval()
 
 
@@ -127,6 +127,7 @@ class Store(Mapping[str, Tensor]):
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.skip_head = False
+        self._embedding: str | None = None
         self._digests: dict[str, Future[str]] = {}
         self._pool = ThreadPoolExecutor(1, "sha256")
         self._loader: Any = None
@@ -166,6 +167,10 @@ class Store(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._loader)
 
+    def embeddings(self, rows: slice) -> Float[Tensor, "row hidden"] | None:
+        """Rows of the input embeddings, where `module.weight` cannot be read; None where it can."""
+        return None if self._embedding is None else self._part(self._embedding, rows, torch.float32)
+
     def _hash(self, name: str, tensor: Tensor) -> None:
         if name in self._digests:
             return
@@ -199,7 +204,7 @@ class Store(Mapping[str, Tensor]):
         module: Any = model.get_input_embeddings()
         if not isinstance(module, nn.Embedding) or (name := self._taken_over(module)) is None:
             return
-        plain, padding = type(module).forward, module.padding_idx
+        self._embedding, plain, padding = name, type(module).forward, module.padding_idx
         # not "meta", where Llama 4 would put the ids; it takes no memory, and whoever reads it sees that it is none
         nowhere = torch.full((), torch.nan, dtype=module.weight.dtype).expand(module.weight.shape)
         module.weight = placeholder = nn.Parameter(nowhere, requires_grad=False)

@@ -89,9 +89,7 @@ def capture_command(
         dtype = "float32"  # so few tokens take no time, and bfloat16 costs a value up to 0.4 % of itself
     streams = larger_than_memory(model) if stream is None else stream
     if streams and auto:
-        raise IntactKVError(
-            "--prefix auto reads the model over and over; name a prefix, or add --no-stream"
-        )
+        raise IntactKVError("--prefix auto reads the model over and over; name a prefix, or add --no-stream")
     with console.status(f"loading {model}"):
         if streams:
             full = load_streamed(model, dtype=dtype_named(dtype, model, torch.device("cpu")))

@@ -84,6 +84,8 @@ class Proxy:
                             body=await answer.read(), status=answer.status, headers=_headers(answer.headers)
                         )
                     head, cached = await _until_timed(chunks)
+                    if cached is None:  # an error, told in a stream
+                        return web.Response(body=head, headers=_headers(answer.headers))
                     rows = await self._rows(request.path, body, cached)
                     if rows is None and attempt == 1:
                         continue
@@ -177,14 +179,16 @@ def check_body(data: bytes) -> dict[str, Any]:
     return body
 
 
-async def _until_timed(chunks: AsyncIterator[bytes]) -> tuple[bytes, int]:
-    """What an answer begins with, until it says how many tokens came from the cache."""
+async def _until_timed(chunks: AsyncIterator[bytes]) -> tuple[bytes, int | None]:
+    """What an answer begins with, until it says how many tokens came from the cache; None where it is an error."""
     head = b""
     async for chunk in chunks:
         head += chunk
         for line in head.split(b"\n")[:-1] if head.startswith(b"data:") else []:
             if b'"timings"' in line:
                 return head, int(json.loads(line.partition(b":")[2])["timings"]["cache_n"])
+    if head.startswith((b"error:", b'data: {"error"')):
+        return head, None
     try:
         return head, int(json.loads(head)["timings"]["cache_n"])
     except (ValueError, KeyError, TypeError) as error:

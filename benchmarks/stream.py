@@ -1,0 +1,153 @@
+"""Streaming a checkpoint of Llama 3 8B's shape: time and memory against `cat`, against loading it, and its depth.
+
+    python benchmarks/stream.py FOLDER [--layers 8,16,32] [--out FILE.json]
+
+Every measurement is a process of its own on a cold cache (the files' pages are given back before). Peak memory is that
+of the process above what importing takes, sampled every 5 ms. Random weights in bfloat16, two blocks a shard.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from statistics import median
+from time import perf_counter, sleep
+from typing import Any
+
+BLOCK = {
+    "self_attn.q_proj": (4096, 4096), "self_attn.k_proj": (1024, 4096), "self_attn.v_proj": (1024, 4096),
+    "self_attn.o_proj": (4096, 4096), "mlp.gate_proj": (14336, 4096), "mlp.up_proj": (14336, 4096),
+    "mlp.down_proj": (4096, 14336),
+}  # fmt: skip
+PREFIX = list(range(1000, 1034))
+
+
+def write(folder: Path, layers: int) -> None:
+    """A checkpoint with so many blocks."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import LlamaConfig
+
+    config = LlamaConfig(
+        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=layers, num_attention_heads=32,
+        num_key_value_heads=8, max_position_embeddings=8192, architectures=["LlamaForCausalLM"], dtype="bfloat16",
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    config.save_pretrained(folder)
+    generator = torch.Generator().manual_seed(0)
+    draw = {name: (torch.randn(*shape, generator=generator) * 0.02).bfloat16() for name, shape in BLOCK.items()}
+    table = (torch.randn(128256, 4096, generator=generator) * 0.02).bfloat16()
+    index: dict[str, str] = {}
+
+    def shard(tensors: dict[str, Any]) -> None:
+        name = f"model-{len(set(index.values())):05}.safetensors"
+        save_file(tensors, folder / name, {"format": "pt"})
+        index.update(dict.fromkeys(tensors, name))
+
+    shard({"model.embed_tokens.weight": table})
+    for first in range(0, layers, 2):
+        tensors = {}
+        for i in range(first, min(first + 2, layers)):
+            tensors |= {f"model.layers.{i}.{name}.weight": weight.clone() for name, weight in draw.items()}
+            for norm in ("input_layernorm", "post_attention_layernorm"):
+                tensors[f"model.layers.{i}.{norm}.weight"] = torch.ones(4096, dtype=torch.bfloat16)
+        shard(tensors)
+    shard({"model.norm.weight": torch.ones(4096, dtype=torch.bfloat16), "lm_head.weight": table.clone()})
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+
+
+def forget(folder: Path) -> None:
+    """Give the files' pages back."""
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def child(folder: Path, how: str) -> None:
+    """One capture: seconds, and peak memory above importing."""
+    import psutil
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from intactkv.capturing.live import capture
+    from intactkv.checkpoint.load import load_model
+    from intactkv.checkpoint.stream import load_streamed
+
+    way, _, kind = how.partition(" ")
+    dtype, process, peak = getattr(torch, kind), psutil.Process(), [0]
+    base = process.memory_info().rss
+
+    def watch() -> None:
+        while True:
+            peak[0] = max(peak[0], process.memory_info().rss - base)
+            sleep(0.005)
+
+    threading.Thread(target=watch, daemon=True).start()
+    began, digest = perf_counter(), None
+    if way == "offload":  # accelerate's disk offload as transformers gives it
+        config = json.loads((folder / "config.json").read_text())
+        blocks = {f"model.layers.{i}": "disk" for i in range(config["num_hidden_layers"])}
+        parts = {"model.embed_tokens": "disk", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "disk"}
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, device_map={**parts, **blocks}, offload_folder=folder.parent / "offload"
+        )
+        with torch.no_grad():
+            model(torch.tensor([PREFIX]), use_cache=True, logits_to_keep=1)
+    else:
+        loaded = load_streamed(folder, dtype=dtype) if way == "stream" else load_model(folder, dtype=dtype)
+        digest = capture(loaded, PREFIX, logits=False).digest
+    took = perf_counter() - began
+    print(json.dumps({"seconds": took, "MiB": peak[0] / 2**20, "digest": digest}), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--layers", default="8,16,32")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--child")
+    given = parser.parse_args()
+    if given.child:
+        child(given.folder, given.child)
+        return
+    found: dict[str, Any] = {}
+    for turn, layers in enumerate(map(int, given.layers.split(","))):
+        folder = given.folder / f"layers-{layers}"
+        if not (folder / "model.safetensors.index.json").exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            write(folder, layers)
+        ways = ["cat", "stream bfloat16", "stream float32"]
+        ways += ["offload bfloat16", "live bfloat16", "live float32"] if turn == 0 else []
+        told: dict[str, list[Any]] = {way: [] for way in ways}
+        for number in range(given.rounds):
+            for way in ways if number % 2 == 0 else reversed(ways):
+                forget(folder)
+                if way == "cat":
+                    began = perf_counter()
+                    subprocess.run(f"cat {folder}/*.safetensors > /dev/null", shell=True, check=True)
+                    told[way].append({"seconds": perf_counter() - began})
+                    continue
+                command = [sys.executable, __file__, str(folder), "--child", way]
+                done = subprocess.run(command, capture_output=True, text=True)
+                if done.returncode:
+                    raise SystemExit(done.stderr[-2000:])
+                told[way].append(json.loads(done.stdout.splitlines()[-1]))
+        size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+        found[str(layers)] = {"bytes": size, **{
+            way: {key: median(each[key] for each in runs) if key != "digest" else runs[0][key] for key in runs[0]}
+            for way, runs in told.items()
+        }}  # fmt: skip
+        print(layers, json.dumps(found[str(layers)], indent=1), flush=True)
+    if given.out:
+        given.out.write_text(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()
