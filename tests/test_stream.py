@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import ARCHITECTURES, PREFIX, Architecture, build
+from models import ARCHITECTURES, PREFIX, Architecture, build, by_name
 from safetensors.torch import load_file, save_file
 from test_cli import intactkv
 
@@ -27,8 +27,14 @@ def on_disk(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda each: each.name)
-def test_streamed_is_live(architecture: Architecture, tmp_path: Path, on_disk: None) -> None:
-    """Every architecture, from several shards, merged experts included."""
+@pytest.mark.parametrize("large", [True, False], ids=["large", "small"])
+def test_streamed_is_live(
+    architecture: Architecture, large: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every architecture, from several shards, merged experts included, embeddings on the disk and in memory."""
+    if large:
+        monkeypatch.setattr(stream, "_BIG", 0)
+        monkeypatch.setattr(stream, "_SLICE", 64)
     build(architecture).save_pretrained(tmp_path, max_shard_size="40KB")
     live = capture(load_model(tmp_path, dtype=torch.float32), PREFIX)
     model = load_streamed(tmp_path, dtype=torch.float32)
@@ -37,7 +43,9 @@ def test_streamed_is_live(architecture: Architecture, tmp_path: Path, on_disk: N
     assert kv.logits is not None
     assert torch.equal(kv.logits, live.logits)
     assert kv.provenance["weights"].startswith("read: ")
-    without = capture(model, PREFIX, logits=False)
+    without, again = capture(model, PREFIX, logits=False), capture(model, PREFIX)
+    assert again.digest == kv.digest
+    assert again.provenance["weights"] == kv.provenance["weights"]
     assert without.logits is None
     assert all(torch.equal(a, b) for i in kv.layers for a, b in zip(kv.layers[i], without.layers[i], strict=True))
 
@@ -79,6 +87,31 @@ def test_the_digest_is_of_what_was_read(tmp_path: Path, on_disk: None) -> None:
         save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     a, b, c, d = (capture(folder, PREFIX, stream=True, logits=False).provenance["weights"] for folder in folders)
     assert a == b == d != c
+
+
+def test_the_digest_is_of_what_is_held_too(tmp_path: Path) -> None:
+    """A norm, which stays in memory, and embeddings that are small enough to."""
+    model = build(ARCHITECTURES[1])
+    model.save_pretrained(tmp_path)
+    first = capture(tmp_path, PREFIX, stream=True).provenance["weights"]
+    for name in ("model.norm.weight", "model.embed_tokens.weight"):
+        tensors = load_file(tmp_path / "model.safetensors")
+        tensors[name].view(-1)[-1] += 1
+        save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+        other = capture(tmp_path, PREFIX, stream=True).provenance["weights"]
+        assert other != first
+        first = other
+
+
+def test_files_wider_than_their_configuration(tmp_path: Path, on_disk: None) -> None:
+    """Float32 files of a configuration that says bfloat16 are read as they are, merged experts too."""
+    for name in ("llama-gqa", "mixtral"):
+        folder = tmp_path / name
+        build(by_name(name)).save_pretrained(folder)
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))
+        live = capture(load_model(folder, dtype=torch.float32), PREFIX)
+        assert capture(folder, PREFIX, stream=True).digest == live.digest
 
 
 def test_what_cannot_be_streamed(tmp_path: Path) -> None:

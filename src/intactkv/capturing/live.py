@@ -52,8 +52,8 @@ def capture(
     own logits at prefix positions, the prediction of the first token after the prefix included; those after it are the
     same. The model is left as it was, training mode included. A quantized model, whose keys and values are what an
     intact KV is to replace, is taken only with `allow_quantized`; the provenance then names its quantizer. A path is
-    streamed, its weights read matrix by matrix and never held, where `stream` says so, by default where the checkpoint
-    takes more than a quarter of the free memory; the result is the same, bit for bit.
+    streamed, its weights read matrix by matrix and never held, where `stream` says so, by default where a folder takes
+    more than a quarter of the free memory and accelerate is installed; the result is the same, bit for bit.
 
     Raises `IntactKVError` for ids that are no token ids of the vocabulary, for a path without a causal LM or with
     tensors that do not fit it, for quantized models, encoder-decoders, for a model that has an intact KV attached, for
@@ -61,7 +61,7 @@ def capture(
     value is NaN or infinite.
     """
     if not isinstance(model, PreTrainedModel):
-        model = _loaded(model, stream)
+        model = _loaded(model, bool(stream) if allow_quantized else stream)
     if not allow_quantized:
         refuse_quantized(model.config)
     if model.config.is_encoder_decoder:
@@ -76,7 +76,7 @@ def capture(
 
     raw: list[Tensor] = []
     if (store := streamed(model)) is not None:
-        store.skip_head = not logits
+        store.begin(head=logits)
     handle = head.register_forward_hook(lambda module, args, output: raw.append(output[0].detach().cpu().clone()))
     try:
         batch = recorded(model, prefix[None])

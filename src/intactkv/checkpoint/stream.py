@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from intactkv.artifact.digest import joined, tensor_digest
+from intactkv.artifact.digest import digests, joined, tensor_digest
 from intactkv.checkpoint.source import check_exists, config_of, refuse_quantized, weights_folder
 from intactkv.decoder import blocks
 from intactkv.error import IntactKVError, first_line
@@ -70,19 +70,21 @@ def load_streamed(source: str | os.PathLike[str], *, dtype: torch.dtype | str = 
     try:
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(config)
-        wide = (
-            dtype == torch.float32
-        )  # is made of what is stored, matrix by matrix; transformers would hold all at once
+        # float32 is made of what is stored, matrix by matrix: transformers would hold all of it at once; and what is
+        # stored is not always what config.json says
+        wide, as_stored = dtype == torch.float32, _stored_as(where)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            where, dtype="auto" if wide else dtype, device_map=_places(skeleton), offload_folder=folder,
+            where, dtype=as_stored if wide else dtype, device_map=_places(skeleton), offload_folder=folder,
             output_loading_info=True,
         )  # fmt: skip
         model, report = loaded
         if wide:
             _widen_(model)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except BaseException as error:
         shutil.rmtree(folder, ignore_errors=True)
-        raise IntactKVError(f"{source} cannot be streamed: {first_line(error)}") from error
+        if isinstance(error, OSError | ValueError | KeyError | RuntimeError | SafetensorError):
+            raise IntactKVError(f"{source} cannot be streamed: {first_line(error)}") from error
+        raise
     weakref.finalize(model, shutil.rmtree, folder, ignore_errors=True)
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if names := sorted(map(str, report[kind])):
@@ -90,6 +92,17 @@ def load_streamed(source: str | os.PathLike[str], *, dtype: torch.dtype | str = 
     model._intactkv_store = Store(model)
     model.config.name_or_path = str(source)
     return model.eval()
+
+
+def _stored_as(folder: Path) -> torch.dtype:
+    """The widest floating type of a folder's safetensors."""
+    found = set()
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            found |= {file.get_slice(name).get_dtype() for name in set(file.keys())}
+    if "F32" in found or {"F16", "BF16"} <= found:
+        return torch.float32
+    return torch.float16 if "F16" in found else torch.bfloat16
 
 
 def _widen_(model: PreTrainedModel) -> None:
@@ -113,10 +126,18 @@ def _places(skeleton: PreTrainedModel) -> dict[str, str]:
     for name, module in skeleton.named_modules():
         if id(module) in heads:
             found[name] = "disk"
-        held = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        stored = [t for n, t in module.named_buffers(recurse=False) if n not in module._non_persistent_buffers_set]
+        held = [*module.parameters(recurse=False), *stored]
         if held and id(module) not in inside:
             found[name] = "disk" if sum(4 * each.numel() for each in held) > _BIG else "cpu"
     return found
+
+
+def _weights_of(module: nn.Module) -> Any:
+    """Where accelerate's hook of a module finds its weights; None where it has none on the disk."""
+    hook: Any = getattr(module, "_hf_hook", None)
+    hooks = getattr(hook, "hooks", [hook])
+    return next((found for each in hooks if (found := getattr(each, "weights_map", None)) is not None), None)
 
 
 class Store(Mapping[str, Tensor]):
@@ -128,22 +149,27 @@ class Store(Mapping[str, Tensor]):
     def __init__(self, model: PreTrainedModel) -> None:
         self.skip_head = False
         self._embedding: str | None = None
-        self._digests: dict[str, Future[str]] = {}
         self._pool = ThreadPoolExecutor(1, "sha256")
         self._loader: Any = None
         for module in model.modules():
-            hook: Any = getattr(module, "_hf_hook", None)
-            if (weights := getattr(hook, "weights_map", None)) is not None:
+            if (weights := _weights_of(module)) is not None:
                 self._loader = weights.dataset
                 weights.dataset = self
+        self._held = digests({name: each for name, each in model.state_dict().items() if each.device.type != "meta"})
+        self._digests: dict[str, Future[str]] = {}
         if self._loader is not None:
             self._read_rows_(model)
             self._read_slices_(model)
 
+    def begin(self, *, head: bool) -> None:
+        """A capture begins: nothing has been read yet; without `head` there are no logits."""
+        self.skip_head, self._digests = not head, {}
+
     @property
     def digest(self) -> str:
-        """SHA-256 over the digests of every tensor, row and slice that was read, as stored."""
-        return "read: " + joined({}, {name: each.result() for name, each in self._digests.items()})
+        """SHA-256 over the digests of what is held in memory, and of every tensor, row and slice that was read."""
+        read = {name: each.result() for name, each in self._digests.items()}
+        return "read: " + joined({}, {**self._held, **read})
 
     def __getitem__(self, name: str) -> Tensor:
         entry = self._loader.index.get(name, {})
@@ -190,7 +216,7 @@ class Store(Mapping[str, Tensor]):
         """The name of a module's weight, if accelerate would load it whole; it does not from now on."""
         from accelerate.hooks import remove_hook_from_module
 
-        weights = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
+        weights = _weights_of(module)
         if weights is None or not isinstance(getattr(module, "weight", None), nn.Parameter):
             return None
         name = f"{weights.prefix}weight"

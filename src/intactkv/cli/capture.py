@@ -87,7 +87,9 @@ def capture_command(
     chosen = [] if auto and ids is None else prefix_ids(tokenizer, prefix, system, ids)
     if dtype == "auto" and device_named(device).type == "cpu":
         dtype = "float32"  # so few tokens take no time, and bfloat16 costs a value up to 0.4 % of itself
-    streams = larger_than_memory(model) if stream is None else stream
+    streams = not allow_quantized and larger_than_memory(model) if stream is None else stream
+    if streams and device not in ("auto", "cpu"):
+        raise IntactKVError(f"a checkpoint is streamed on the CPU; leave --device {device} out, or add --no-stream")
     if streams and auto:
         raise IntactKVError("--prefix auto reads the model over and over; name a prefix, or add --no-stream")
     with console.status(f"loading {model}"):

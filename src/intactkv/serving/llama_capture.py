@@ -33,7 +33,8 @@ async def capture_state(
 
     `ids`, or `prefix`: "bos", "chat" (with `system`) or a text; `served`, the GGUF that will be served with it; `more`,
     the server's options, which must be the same then. Raises `IntactKVError` for a quantized `model`, for a `served`
-    of another model, and where the server does not save all tokens.
+    of another model, and where the server does not save all tokens. Of an architecture without a plain first layer
+    there is no FILE.check, and the state is served `--unchecked`.
     """
     full, check = opened(model), _check_file(out)
     check_outputs(out, check)
@@ -46,8 +47,8 @@ async def capture_state(
     with tempfile.TemporaryDirectory(prefix="intactkv-") as folder:
         async with Server(program, model, Path(folder), with_windows(full, more)) as server:
             tokens = list(ids) if ids is not None else await _prefix(server, full, prefix, system)
-            made = first_layer(full, tokens)
-            if served is not None:
+            made = _first_layer(full, tokens)
+            if served is not None and made is not None:
                 check_first_layer(made, opened(served), tokens, model)
             body = {"prompt": tokens, "n_predict": 0, "id_slot": 0, "cache_prompt": False}
             await server.ask("/completion", body)
@@ -56,6 +57,9 @@ async def capture_state(
         if (saved := SavedState(state).ids) != tokens:
             raise IntactKVError(f"llama-server saved {told.get('n_saved')} tokens, {saved[:8]}…, not {tokens[:8]}…")
         write_atomically(out, state.read_bytes())
+    check.unlink(missing_ok=True)
+    if made is None:
+        return tokens
     held = {"key": made.key.contiguous(), "value": made.value.contiguous()}
     write_atomically(check, save(held, {"gguf": os.path.basename(model), "architecture": str(full.architecture)}))
     return tokens
@@ -83,6 +87,14 @@ def with_windows(model: Gguf, more: Sequence[str]) -> list[str]:
     """The server's options; with sliding windows it needs the whole cache, or it does not use restored states."""
     needs = model.value("attention.sliding_window") and "--swa-full" not in more
     return [*more, "--swa-full"] if needs else list(more)
+
+
+def _first_layer(model: Gguf, ids: Sequence[int]) -> FirstLayer | None:
+    """None where the architecture has no plain one: then `serve` cannot tell whose the state is, and says so."""
+    try:
+        return first_layer(model, ids)
+    except IntactKVError:
+        return None
 
 
 async def _prefix(server: Server, model: Gguf, prefix: str, system: str | None) -> list[int]:

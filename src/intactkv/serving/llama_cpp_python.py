@@ -31,7 +31,6 @@ class IntactCache(BaseLlamaCache):
     def __init__(self, llm: Llama, state: LlamaState, ids: Sequence[int]) -> None:
         super().__init__()
         self._llm, self._state, self._ids = llm, state, list(ids)
-        self._intact = False  # whether what the context holds now stands on the prefix's rows
 
     @property
     def cache_size(self) -> int:
@@ -41,11 +40,8 @@ class IntactCache(BaseLlamaCache):
     def __getitem__(self, key: Sequence[int]) -> LlamaState:
         """The state, for the prompt that is about to be computed. Raises `KeyError` where it has no token of it."""
         tokens = list(key)
-        shared = common_prefix(tokens, self._ids)
-        if not self._intact:  # the context's own tokens could look as good: it is to start from the state
-            self._llm.n_tokens = 0
-        self._intact = shared == len(self._ids) < len(tokens)
-        if not shared:
+        self._llm.n_tokens = 0  # whatever the context holds could look as good, and be the model's own
+        if not common_prefix(tokens, self._ids):
             raise KeyError(tokens[:1])
         return self._state
 
@@ -68,7 +64,12 @@ def intact_cache(llm: Llama, kv: str | os.PathLike[str], *, check: bool = True) 
         for name, kind in (("-ctk", params.type_k), ("-ctv", params.type_v))
         for part in (name, types.get(kind, f"ggml type {kind}"))
     ]
-    states = states_for(str(kv), opened(llm.model_path), more, check=check)
+    model = opened(llm.model_path)
+    if llm.chat_handler is not None:
+        raise IntactKVError("a chat handler computes images past the cache; load the model without chat_handler")
+    if model.value("attention.sliding_window") and not params.swa_full:
+        raise IntactKVError(f"{llm.model_path} has sliding windows, which drop the prefix; load it with swa_full=True")
+    states = states_for(str(kv), model, more, check=check)
     llm.reset()
     told: Any = (llama_cpp.llama_token * len(states.ids))()
     count = ctypes.c_size_t()

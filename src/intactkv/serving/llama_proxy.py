@@ -25,8 +25,10 @@ from intactkv.serving.llama_server import Engine, Refusal, Slot
 
 GENERATE = ("/completion", "/completions", "/v1/completions", "/chat/completions", "/v1/chat/completions")
 PASS_ON = ("/tokenize", "/detokenize", "/apply-template")
+SHOW = ("/health", "/v1/health", "/models", "/v1/models", "/props", "/slots", "/metrics")
 WAITING = 256  # requests that may wait for a slot
-_HOPS = {"connection", "keep-alive", "transfer-encoding", "content-length", "content-encoding", "host"}
+_HOPS = {"connection", "keep-alive", "transfer-encoding", "content-length", "content-encoding", "host",
+         "x-conversation-id"}  # fmt: skip  # by the last, the server would go on for clients that have left
 
 
 class Proxy:
@@ -37,6 +39,7 @@ class Proxy:
         self._idle: list[Slot] = []
         self._slots: list[Slot] = []
         self._waiting = 0
+        self._ending: set[asyncio.Task[None]] = set()
 
     def app(self) -> web.Application:
         """The routes."""
@@ -45,7 +48,8 @@ class Proxy:
             app.router.add_post(path, self.generate)
         for path in PASS_ON:
             app.router.add_post(path, self.pass_on)
-        app.router.add_get("/{path:.*}", self.pass_on)
+        for path in SHOW:
+            app.router.add_get(path, self.pass_on)
         app.router.add_route("*", "/{path:.*}", self.refuse)
         return app
 
@@ -72,20 +76,14 @@ class Proxy:
                 if not slot.intact:
                     await self._engine.restore(slot)
                 slot.intact = False  # until the answer says so
-                given = {**body, "id_slot": slot.number, "cache_prompt": True}
+                given = {**body, "id_slot": slot.number, "cache_prompt": True, "n_cache_reuse": 0}
                 if body.get("stream"):
                     given["timings_per_token"] = True
-                async with self._engine.server.request(
-                    "POST", request.path, json=given, headers=_headers(request.headers)
-                ) as answer:
-                    chunks = answer.content.iter_any()
-                    if answer.status != 200:
-                        return web.Response(
-                            body=await answer.read(), status=answer.status, headers=_headers(answer.headers)
-                        )
-                    head, cached = await _until_timed(chunks)
-                    if cached is None:  # an error, told in a stream
-                        return web.Response(body=head, headers=_headers(answer.headers))
+                slot.asked = asyncio.create_task(self._ask(request.path, given, _headers(request.headers)))
+                answer, head, cached, chunks = await asyncio.shield(slot.asked)
+                try:
+                    if cached is None:
+                        return web.Response(body=head, status=answer.status, headers=_headers(answer.headers))
                     rows = await self._rows(request.path, body, cached)
                     if rows is None and attempt == 1:
                         continue
@@ -94,7 +92,24 @@ class Proxy:
                     response = await self._answer(request, answer, head, chunks, rows)
                     slot.intact, slot.last = cached >= len(self._engine.states.ids), prompt
                     return response
+                finally:
+                    answer.close()
         raise AssertionError
+
+    async def _ask(
+        self, path: str, body: Mapping[str, Any], headers: Mapping[str, str]
+    ) -> tuple[Any, bytes, int | None, AsyncIterator[bytes]]:
+        """The server's answer, its beginning, and how many tokens came from the cache; None where it is an error."""
+        answer = await self._engine.server.request("POST", path, json=body, headers=headers)
+        chunks = answer.content.iter_any()
+        try:
+            if answer.status != 200:
+                return answer, await answer.read(), None, chunks
+            head, cached = await _until_timed(chunks, stream=bool(body.get("stream")))
+        except BaseException:
+            answer.close()
+            raise
+        return answer, head, cached, chunks
 
     async def _answer(
         self, request: web.Request, answer: Any, head: bytes, chunks: AsyncIterator[bytes], rows: int
@@ -151,11 +166,21 @@ class Proxy:
             self._waiting -= 1
         slot = max(idle, key=lambda each: common_prefix(each.last, prompt))
         idle.remove(slot)
+
+        async def give_back(asked: Any) -> None:
+            if asked is not None:  # its client has left before the server began: a restore could come before it
+                with suppress(ClientError, IntactKVError, asyncio.CancelledError):
+                    (await asked)[0].close()
+            slot.asked = None
+            idle.append(slot)
+            free.release()
+
         try:
             yield slot
         finally:
-            idle.append(slot)
-            free.release()
+            task = asyncio.create_task(give_back(slot.asked))
+            self._ending.add(task)
+            task.add_done_callback(self._ending.discard)
 
 
 def check_body(data: bytes) -> dict[str, Any]:
@@ -168,6 +193,8 @@ def check_body(data: bytes) -> dict[str, Any]:
         raise Refusal(400, "the request must be an object")
     if "id_slot" in body:
         raise Refusal(400, "id_slot is what the proxy gives; leave it out")
+    if body.get("lora"):
+        raise Refusal(400, "an adapter's keys and values are not the intact ones; leave lora out")
     for name in ("n", "n_cmpl", "best_of"):
         if body.get(name) not in (None, 1):
             raise Refusal(400, f"{name}={body[name]} spreads one prompt over slots; send {name}=1 several times")
@@ -179,16 +206,16 @@ def check_body(data: bytes) -> dict[str, Any]:
     return body
 
 
-async def _until_timed(chunks: AsyncIterator[bytes]) -> tuple[bytes, int | None]:
+async def _until_timed(chunks: AsyncIterator[bytes], *, stream: bool) -> tuple[bytes, int | None]:
     """What an answer begins with, until it says how many tokens came from the cache; None where it is an error."""
     head = b""
     async for chunk in chunks:
         head += chunk
-        for line in head.split(b"\n")[:-1] if head.startswith(b"data:") else []:
-            if b'"timings"' in line:
+        for line in head.split(b"\n")[:-1] if stream else []:  # between them lines that only keep the connection
+            if line.startswith((b"error:", b'data: {"error"')):
+                return head, None
+            if line.startswith(b"data:") and b'"timings"' in line:
                 return head, int(json.loads(line.partition(b":")[2])["timings"]["cache_n"])
-    if head.startswith((b"error:", b'data: {"error"')):
-        return head, None
     try:
         return head, int(json.loads(head)["timings"]["cache_n"])
     except (ValueError, KeyError, TypeError) as error:
@@ -218,7 +245,7 @@ async def serve(engine: Engine, host: str, port: int, said: Callable[[str], None
     Raises `IntactKVError` where the engine does not come up or the port is taken.
     """
     loop, stop, ready = asyncio.get_running_loop(), asyncio.Event(), asyncio.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         loop.add_signal_handler(number, stop.set)
     running = asyncio.create_task(engine.run(ready.set))
     runner = web.AppRunner(Proxy(engine).app(), handler_cancellation=True, shutdown_timeout=60)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import importlib.util
 import os
 import shutil
+import signal
 import socket
 import sys
 import tempfile
@@ -28,6 +30,10 @@ _OURS = {
     "--slot-save-path": "the states' folder", "--cache-ram": "0, or the server swaps slots behind our back",
     "-cram": "0, or the server swaps slots behind our back", "--cache-reuse": "0, or chunks move in the cache",
     "--no-slots": "its opposite", "--no-cache-prompt": "its opposite",
+    "--context-shift": "its opposite, or a shift drops rows in the middle of an answer",
+    "--lora": "no adapter has the intact rows", "--lora-scaled": "no adapter has the intact rows",
+    "--control-vector": "it changes keys and values", "--control-vector-scaled": "it changes keys and values",
+    "-hf": "the model", "--hf-repo": "the model", "-mu": "the model", "--model-url": "the model",
 }  # fmt: skip
 
 
@@ -89,16 +95,22 @@ class Server:
         self._command = server_command(program, model, port, f"{folder}{os.sep}", more)
         self._url = f"http://127.0.0.1:{port}"
         key = option(more, "--api-key")
+        self._key = {} if key is None else {"Authorization": f"Bearer {key}"}
         self._session = ClientSession(
             connector=TCPConnector(limit=0, force_close=True),  # it closes kept connections under a request's feet
             timeout=ClientTimeout(total=None),
-            headers={} if key is None else {"Authorization": f"Bearer {key}"},
         )
         self._process: asyncio.subprocess.Process | None = None
 
     async def __aenter__(self) -> Server:
         """Start it, and wait until it serves. Raises `IntactKVError` where it ends instead."""
-        self._process = await asyncio.create_subprocess_exec(*self._command, start_new_session=True)  # Ctrl-C is ours
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("LLAMA_ARG_")}
+        self._process = await asyncio.create_subprocess_exec(
+            *self._command,
+            env=environment,
+            start_new_session=True,
+            preexec_fn=_end_with_parent,  # Ctrl-C is ours
+        )
         try:
             while True:
                 if self._process.returncode is not None:
@@ -135,12 +147,18 @@ class Server:
 
     async def ask(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
         """What it answers to a POST, or without `body` to a GET. Raises `Refusal` for an error."""
-        async with self.request("GET" if body is None else "POST", path, json=body) as answer:
+        async with self.request("GET" if body is None else "POST", path, json=body, headers=self._key) as answer:
             told = await answer.json(content_type=None)
             if answer.status != 200:
                 said = told.get("error", {}) if isinstance(told, dict) else {}
                 raise Refusal(answer.status, str(said.get("message", told)))
             return told
+
+
+def _end_with_parent() -> None:
+    """In the child: on Linux it is told to end when we are gone, however we went."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 @dataclass(eq=False)
@@ -150,6 +168,7 @@ class Slot:
     number: int
     intact: bool = False
     last: str = ""
+    asked: asyncio.Task[Any] | None = None
 
 
 class Engine:
