@@ -168,12 +168,15 @@ class Proxy:
         idle.remove(slot)
 
         async def give_back(asked: Any) -> None:
-            if asked is not None:  # its client has left before the server began: a restore could come before it
-                with suppress(ClientError, IntactKVError, asyncio.CancelledError):
+            try:
+                if asked is not None:  # its client has left before the server began: a restore could come before it
                     (await asked)[0].close()
-            slot.asked = None
-            idle.append(slot)
-            free.release()
+            except Exception:  # it was told to the client, if there still is one
+                pass
+            finally:
+                slot.asked = None
+                idle.append(slot)
+                free.release()
 
         try:
             yield slot

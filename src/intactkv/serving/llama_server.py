@@ -151,7 +151,7 @@ class Server:
             told = await answer.json(content_type=None)
             if answer.status != 200:
                 said = told.get("error", {}) if isinstance(told, dict) else {}
-                raise Refusal(answer.status, str(said.get("message", told)))
+                raise Refusal(answer.status, f"llama-server says: {said.get('message', told)}")
             return told
 
 
