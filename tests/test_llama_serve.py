@@ -29,6 +29,7 @@ from aiohttp.test_utils import TestClient, TestServer
 from gguf_model import write_gguf
 from models import rounded
 from test_cli import intactkv
+from test_llama_cpp import IDS
 from transformers import DynamicCache, PreTrainedModel
 
 from intactkv import IntactKV, IntactKVError, capture
@@ -41,7 +42,6 @@ from intactkv.serving.llama_cpp import SavedState
 from intactkv.serving.llama_proxy import Proxy, Refusal, _until_timed, check_body
 from intactkv.serving.llama_server import Engine, installed_program, option, server_command, without
 
-IDS = [0, *range(40, 52)]
 F32 = ["-ctk", "f32", "-ctv", "f32", "-c", "2048", "-t", "2"]
 
 

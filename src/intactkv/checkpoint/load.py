@@ -27,6 +27,7 @@ from transformers.utils.quantization_config import QuantizationMethod
 
 from intactkv.attaching.plain import warn_when_plain_
 from intactkv.checkpoint.source import check_exists, config_of, holds_floats, located, weight_files
+from intactkv.checkpoint.stream import larger_than_memory, load_streamed
 from intactkv.error import IntactKVError, first_line
 
 
@@ -173,6 +174,21 @@ def load_model_on(
         raise IntactKVError(
             f"{source} cannot be put on --device {device} ({first_line(error)}); use cpu, or one that torch sees"
         ) from error
+
+
+def load_full(
+    source: str | os.PathLike[str], device: str = "auto", *, dtype: str = "auto", stream: bool | None = None
+) -> PreTrainedModel:
+    """A full model by the names of a device and a dtype, as `load_model_on`, or streamed: where `stream` says so, by
+    default where it is larger than memory.
+
+    Raises `IntactKVError` as both do, and for a device beside the CPU where it is streamed.
+    """
+    if not (larger_than_memory(source) if stream is None else stream):
+        return load_model_on(source, device, dtype=dtype)
+    if device not in ("auto", "cpu"):
+        raise IntactKVError(f"a checkpoint is streamed on the CPU; leave --device {device} out, or add --no-stream")
+    return load_streamed(source, dtype=dtype_named(dtype, source, torch.device("cpu")))
 
 
 def device_named(name: str) -> torch.device:

@@ -11,6 +11,7 @@ import os
 import shutil
 import tempfile
 import weakref
+from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.util import find_spec
@@ -157,6 +158,7 @@ class Store(Mapping[str, Tensor]):
                 weights.dataset = self
         self._held = digests({name: each for name, each in model.state_dict().items() if each.device.type != "meta"})
         self._digests: dict[str, Future[str]] = {}
+        self._waiting: deque[Future[str]] = deque(maxlen=_HASHED_LATER)
         if self._loader is not None:
             self._read_rows_(model)
             self._read_slices_(model)
@@ -200,10 +202,10 @@ class Store(Mapping[str, Tensor]):
     def _hash(self, name: str, tensor: Tensor) -> None:
         if name in self._digests:
             return
-        waiting = [each for each in self._digests.values() if not each.done()]
-        if len(waiting) >= _HASHED_LATER:
-            waiting[0].result()
+        if len(self._waiting) == _HASHED_LATER:  # they are hashed in order
+            self._waiting[0].result()
         self._digests[name] = self._pool.submit(tensor_digest, tensor)
+        self._waiting.append(self._digests[name])
 
     def _part(self, name: str, rows: slice, dtype: torch.dtype) -> Tensor:
         entry = self._loader.index[name]

@@ -67,12 +67,10 @@ def capture_command(
     if context.args or gguf is not None:
         given = context.args[0] if context.args else "--gguf"
         raise IntactKVError(f"{given} is not known without --engine llama.cpp; leave it out")
-    import torch
-
     from intactkv.capturing.live import capture
-    from intactkv.checkpoint.load import device_named, dtype_named, load_model_on, load_tokenizer
+    from intactkv.checkpoint.load import device_named, load_full, load_tokenizer
     from intactkv.checkpoint.source import refuse_quantized
-    from intactkv.checkpoint.stream import larger_than_memory, load_streamed
+    from intactkv.checkpoint.stream import larger_than_memory
     from intactkv.demo import TEXT
     from intactkv.pivots import without_pivot
     from intactkv.pivots.discover import behind
@@ -88,15 +86,10 @@ def capture_command(
     if dtype == "auto" and device_named(device).type == "cpu":
         dtype = "float32"  # so few tokens take no time, and bfloat16 costs a value up to 0.4 % of itself
     streams = not allow_quantized and larger_than_memory(model) if stream is None else stream
-    if streams and device not in ("auto", "cpu"):
-        raise IntactKVError(f"a checkpoint is streamed on the CPU; leave --device {device} out, or add --no-stream")
     if streams and auto:
         raise IntactKVError("--prefix auto reads the model over and over; name a prefix, or add --no-stream")
     with console.status(f"loading {model}"):
-        if streams:
-            full = load_streamed(model, dtype=dtype_named(dtype, model, torch.device("cpu")))
-        else:
-            full = load_model_on(model, device, dtype=dtype)
+        full = load_full(model, device, dtype=dtype, stream=streams)
     if not allow_quantized:
         refuse_quantized(full.config)
     if auto:

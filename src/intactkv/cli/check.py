@@ -25,23 +25,17 @@ def check_command(
 
     A full model that takes more than a quarter of the free memory is streamed, three times.
     """
-    import torch
-
     from intactkv.artifact import IntactKV
     from intactkv.artifact.served import with_check
     from intactkv.basis.compare import align, basis, describe, show_noise
     from intactkv.basis.words import basis_table
-    from intactkv.checkpoint.load import dtype_named, load_model_on
+    from intactkv.checkpoint.load import load_full, load_model_on
     from intactkv.checkpoint.source import is_gguf, weights_folder
-    from intactkv.checkpoint.stream import larger_than_memory, load_streamed
 
     check_outputs(out)
     artifact = IntactKV.from_pretrained(kv)
     with console.status("reading the full model"):
-        if larger_than_memory(full):
-            shown = show_noise(load_streamed(full, dtype=dtype_named(dtype, full, torch.device("cpu"))))
-        else:
-            shown = show_noise(load_model_on(full, device, dtype=dtype))  # and drop it: one model in memory at a time
+        shown = show_noise(load_full(full, device, dtype=dtype))  # and drop it: one model is in memory at a time
     with console.status("comparing every layer and head"):
         relations = basis(shown, load_model_on(model, device, dtype=dtype))
     console.print(basis_table(relations))

@@ -109,8 +109,7 @@ async def _prefix(server: Server, model: Gguf, prefix: str, system: str | None) 
             head = [] if system is None else [{"role": "system", "content": system}]
             messages = [*head, {"role": "user", "content": rest}]
             text = (await server.ask("/apply-template", {"messages": messages}))["prompt"]
-        told = await server.ask("/tokenize", {"content": text, "add_special": True, "parse_special": True})
-        rows.append([int(token) for token in told["tokens"]])
+        rows.append(await server.tokens(text))
     if not (common := list(shared(rows))):
         raise IntactKVError("these prompts have no first token in common; name the prefix by --ids")
     return common

@@ -1,8 +1,8 @@
 """A sequence state for llama.cpp, from an artifact: what `llama_state_seq_load_file` and a server's slot restore read.
 
 llama.cpp checks sizes and types of such a file, not whose keys and values they are; `serving.gguf` does. Rows of
-quantized caches are stored rotated since 2026 and depend on the build: let the engine
-compute them (`llama-server`'s own slot save); this is for caches of f16 and f32.
+quantized caches are stored rotated since 2026 and depend on the build: let the engine compute them (`llama-server`'s
+own slot save); this is for caches of f16 and f32.
 
 Source of the layout: files that llama.cpp wrote (xllamacpp 2026.10.11549: version 4; llama-cpp-python 0.3.36: 3).
 """

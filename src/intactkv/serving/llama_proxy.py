@@ -146,10 +146,7 @@ class Proxy:
             return prompt
         if not isinstance(prompt, str):
             raise Refusal(400, "a prompt must be a text or a list of tokens")
-        told = await self._engine.server.ask(
-            "/tokenize", {"content": prompt, "add_special": True, "parse_special": True}
-        )
-        return [int(token) for token in told["tokens"]]
+        return await self._engine.server.tokens(prompt)
 
     @asynccontextmanager
     async def _slot(self, prompt: str) -> AsyncIterator[Slot]:
@@ -250,26 +247,24 @@ async def serve(engine: Engine, host: str, port: int, said: Callable[[str], None
     loop, stop, ready = asyncio.get_running_loop(), asyncio.Event(), asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         loop.add_signal_handler(number, stop.set)
+    came_up, stopped = asyncio.create_task(ready.wait()), asyncio.create_task(stop.wait())
     running = asyncio.create_task(engine.run(ready.set))
     runner = web.AppRunner(Proxy(engine).app(), handler_cancellation=True, shutdown_timeout=60)
     try:
-        for event in (ready, stop):
-            waiting = asyncio.create_task(event.wait())
-            stopped = asyncio.create_task(stop.wait())
-            await asyncio.wait({running, waiting, stopped}, return_when=asyncio.FIRST_COMPLETED)
-            waiting.cancel()
-            stopped.cancel()
-            if running.done():
-                running.result()
-            if stop.is_set():
-                break
+        await asyncio.wait({running, came_up, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        if not running.done() and not stopped.done():
             await runner.setup()
             try:
                 await web.TCPSite(runner, host, port).start()
             except OSError as error:
                 raise IntactKVError(f"cannot listen on {host}:{port} ({first_line(error)}); choose --port") from error
             said(f"serving {engine.model} with {len(engine.states.ids)} intact tokens on http://{host}:{port}")
+            await asyncio.wait({running, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        if running.done():
+            running.result()
     finally:
+        came_up.cancel()
+        stopped.cancel()
         await runner.cleanup()
         running.cancel()
         with suppress(asyncio.CancelledError, IntactKVError, ClientError):

@@ -108,8 +108,8 @@ class Server:
         self._process = await asyncio.create_subprocess_exec(
             *self._command,
             env=environment,
-            start_new_session=True,
-            preexec_fn=_end_with_parent,  # Ctrl-C is ours
+            start_new_session=True,  # Ctrl-C is ours
+            preexec_fn=_end_with_parent,
         )
         try:
             while True:
@@ -135,6 +135,11 @@ class Server:
         except asyncio.TimeoutError:
             self._process.kill()
             await self._process.wait()
+
+    async def tokens(self, text: str) -> list[int]:
+        """The ids of a prompt, special tokens as the server adds and reads them."""
+        told = await self.ask("/tokenize", {"content": text, "add_special": True, "parse_special": True})
+        return [int(token) for token in told["tokens"]]
 
     async def ended(self) -> int:
         """Its exit code, once there is one."""
