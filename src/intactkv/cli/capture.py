@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from intactkv.cli.options import Device, DType, Ids, Model, System, console, listed, prefix_ids, warn
+from intactkv.cli.options import Device, DType, Ids, Model, System, check_prefix, console, listed, prefix_ids, warn
 from intactkv.error import IntactKVError
 from intactkv.files import check_outputs
 
@@ -115,10 +115,9 @@ def _capture_state(
     from intactkv.serving.llama_capture import capture_state
     from intactkv.serving.llama_server import installed_program
 
-    if prefix == "auto" or (ids is not None and (prefix is not None or system is not None)):
+    check_prefix(prefix, system, ids)
+    if prefix == "auto":
         raise IntactKVError("with --engine llama.cpp the prefix is --ids alone, or --prefix bos, chat or a text")
-    if system is not None and prefix != "chat":
-        raise IntactKVError(f"--system goes with --prefix chat, not with --prefix {prefix!r}; add --prefix chat")
     told = asyncio.run(
         capture_state(
             installed_program(), model, out, ids=None if ids is None else listed(ids), prefix=prefix or "bos",

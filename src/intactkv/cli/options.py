@@ -43,18 +43,25 @@ def prefix_ids(
     """The ids that --prefix with --system names, or --ids gives."""
     from intactkv.capturing.prefix import bos, chat_prefix, text_prefix
 
+    check_prefix(prefix, system, ids)
     if ids is not None:
-        if prefix is not None or system is not None:
-            raise IntactKVError(f"--ids {ids} is the whole prefix; leave --prefix and --system out, or --ids")
         return listed(ids)
     prefix = "bos" if prefix is None else prefix
     if prefix == "auto":
         raise IntactKVError("--prefix auto goes with `intactkv capture`, which shows the prefix it finds; name one")
-    if system is not None and prefix != "chat":
-        raise IntactKVError(f"--system goes with --prefix chat, not with --prefix {prefix!r}; add --prefix chat")
     if prefix == "bos":
         return bos(tokenizer)
     return chat_prefix(tokenizer, system=system) if prefix == "chat" else text_prefix(tokenizer, prefix)
+
+
+def check_prefix(prefix: str | None, system: str | None, ids: str | None) -> None:
+    """Raise `IntactKVError` where --prefix, --system and --ids do not go together."""
+    if ids is not None and (prefix is not None or system is not None):
+        raise IntactKVError(f"--ids {ids} is the whole prefix; leave --prefix and --system out, or --ids")
+    if system is not None and prefix != "chat":
+        raise IntactKVError(
+            f"--system goes with --prefix chat, not with --prefix {prefix or 'bos'!r}; add --prefix chat"
+        )
 
 
 def listed(text: str) -> list[int]:

@@ -20,7 +20,7 @@ def main() -> None:
     parser.add_argument("--slot-save-path", default="")
     parser.add_argument("-cram", "--cache-ram", type=int, default=0)
     parser.add_argument("-c", "--ctx-size", type=int, default=0)
-    parser.add_argument("-np", "--parallel", type=int, default=4)
+    parser.add_argument("-np", "--parallel", type=int)
     parser.add_argument("-kvu", "--kv-unified", action=argparse.BooleanOptionalAction, default=None)
     parser.add_argument("-t", "--threads", type=int)
     parser.add_argument("-ngl", "--n-gpu-layers", type=int)
@@ -36,8 +36,10 @@ def main() -> None:
     params = x.CommonParams()
     params.model.path, params.hostnames, params.port = given.model, [given.host], given.port
     params.slot_save_path, params.cache_ram_mib, params.n_ctx = given.slot_save_path, given.cache_ram, given.ctx_size
-    params.n_parallel, params.endpoint_slots, params.endpoint_metrics = given.parallel, True, given.metrics
-    params.kv_unified = given.parallel == 4 if given.kv_unified is None else given.kv_unified
+    params.endpoint_slots, params.endpoint_metrics = True, given.metrics
+    automatic = given.parallel is None  # as llama-server: then 4 slots that share the cache
+    params.n_parallel = 4 if automatic else given.parallel
+    params.kv_unified = automatic if given.kv_unified is None else given.kv_unified
     params.swa_full = given.swa_full
     flash = {"on": "ENABLED", "off": "DISABLED", "auto": "AUTO"}[given.flash_attn]
     params.flash_attn_type = getattr(x.llama_flash_attn_type, f"LLAMA_FLASH_ATTN_TYPE_{flash}")
