@@ -12,9 +12,9 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -40,7 +40,7 @@ from intactkv.serving.layout import common_prefix
 from intactkv.serving.llama_capture import states_for
 from intactkv.serving.llama_cpp import SavedState
 from intactkv.serving.llama_proxy import Proxy, Refusal, _until_timed, check_body
-from intactkv.serving.llama_server import Engine, installed_program, option, server_command, without
+from intactkv.serving.llama_server import Engine, Server, installed_program, option, server_command, without
 
 F32 = ["-ctk", "f32", "-ctv", "f32", "-c", "2048", "-t", "2"]
 
@@ -106,6 +106,21 @@ def serving(*args: str | Path) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     finally:
         process.terminate()
         process.wait(60)
+
+
+@asynccontextmanager
+async def kept_up(pair: Pair) -> AsyncIterator[tuple[Engine, Any]]:
+    """The engine and a client of its proxy, in this process."""
+    engine = Engine(installed_program(), str(pair.gguf), states_for(str(pair.file), opened(pair.gguf), F32), F32)
+    ready = asyncio.Event()
+    running = asyncio.create_task(engine.run(ready.set))
+    await asyncio.wait({running, asyncio.create_task(ready.wait())}, return_when=asyncio.FIRST_COMPLETED)
+    try:
+        async with TestClient(TestServer(Proxy(engine).app())) as client:
+            yield engine, client
+    finally:
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
 
 
 def post(url: str, body: Any) -> tuple[int, dict[str, str], Any]:
@@ -236,28 +251,46 @@ def test_a_state_that_is_not_used_is_not_served(pair: Pair, monkeypatch: pytest.
     """A server that says it restored and did not: asked again, then refused."""
 
     async def run() -> tuple[int, str]:
-        engine = Engine(installed_program(), str(pair.gguf), states_for(str(pair.file), opened(pair.gguf), F32), F32)
-        ready = asyncio.Event()
-        running = asyncio.create_task(engine.run(ready.set))
-        await asyncio.wait({running, asyncio.create_task(ready.wait())}, return_when=asyncio.FIRST_COMPLETED)
+        async with kept_up(pair) as (engine, client):
 
-        async def restore(self: Engine, slot: Any, server: Any = None) -> None:
-            await self.server.ask(f"/slots/{slot.number}?action=erase", {})
-            slot.intact = True
+            async def restore(self: Engine, slot: Any, server: Any = None) -> None:
+                await self.server.ask(f"/slots/{slot.number}?action=erase", {})
+                slot.intact = True
 
-        monkeypatch.setattr(Engine, "restore", restore)
-        for slot in engine.slots:
-            slot.intact = False
-        async with TestClient(TestServer(Proxy(engine).app())) as client:
+            monkeypatch.setattr(Engine, "restore", restore)
+            for slot in engine.slots:
+                slot.intact = False
             answer = await client.post("/completion", json={"prompt": [*IDS, 5, 6], "n_predict": 2})
-            told = await answer.json()
-        running.cancel()
-        await asyncio.gather(running, return_exceptions=True)
-        return answer.status, told["error"]["message"]
+            return answer.status, (await answer.json())["error"]["message"]
 
     status, said = asyncio.run(run())
     assert status == 502
     assert "did not use the intact prefix (cache_n 0); not served" in said
+
+
+def test_a_request_while_an_ended_server_is_tidied_away(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its session is closed, and the next server is not there yet: told as such, not the proxy's own fault."""
+
+    async def run() -> tuple[int, str]:
+        closed, close = asyncio.Event(), Server.__aexit__
+
+        async def slow(self: Server, *why: object) -> None:
+            await close(self, *why)
+            closed.set()
+            await asyncio.sleep(1)
+
+        monkeypatch.setattr(Server, "__aexit__", slow)
+        async with kept_up(pair) as (engine, client):
+            process = engine.server._process
+            assert process is not None
+            process.kill()
+            await closed.wait()
+            answer = await client.post("/completion", json={"prompt": [*IDS, 5, 6], "n_predict": 2})
+            return answer.status, (await answer.json(content_type=None))["error"]["message"]
+
+    status, said = asyncio.run(run())
+    assert status == 503
+    assert "llama-server does not serve: it ended with code -9; try again" in said
 
 
 @pytest.mark.engine(

@@ -210,13 +210,14 @@ class Engine:
                         if first:
                             started()
                         pause, first = 1.0, False
-                        self._down = f"it ended with code {await server.ended()}"
+                        try:
+                            self._down = f"it ended with code {await server.ended()}"
+                        finally:
+                            self._server = None  # before its session closes: nobody may ask by a closed one
                 except (IntactKVError, ClientError) as error:
                     if first:
                         raise
                     self._down = first_line(error)
-                finally:
-                    self._server = None
                 print(f"llama-server: {self._down}; it is started again", file=sys.stderr, flush=True)
                 await asyncio.sleep(pause)
                 pause = min(2 * pause, 30)
