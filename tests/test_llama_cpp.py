@@ -183,7 +183,7 @@ import xllamacpp as x
 job = json.load(open(sys.argv[1]))
 p = x.CommonParams()
 p.model.path, p.n_ctx, p.n_parallel, p.port, p.slot_save_path = job["model"], 1024, job["parallel"], 0, job["folder"]
-p.endpoint_slots, p.warmup, p.cache_ram_mib, p.cpuparams.n_threads = True, False, 0, 2
+p.endpoint_slots, p.warmup, p.cache_ram_mib, p.cpuparams.n_threads = True, False, 0, 1
 p.kv_unified = job["unified"]
 p.flash_attn_type = getattr(x.llama_flash_attn_type, "LLAMA_FLASH_ATTN_TYPE_" + job["flash"])
 p.cache_type_k = p.cache_type_v = getattr(x.ggml_type, "GGML_TYPE_" + job["cache"].upper())

@@ -22,7 +22,7 @@ __all__ = ["pair"]
 @pytest.fixture(params=[True, False], ids=["flash", "no flash"])
 def llm(pair: Pair, request: pytest.FixtureRequest) -> Llama:
     return Llama(
-        str(pair.gguf), n_ctx=512, n_threads=2, type_k=0, type_v=0, flash_attn=request.param, verbose=False, n_batch=64
+        str(pair.gguf), n_ctx=512, n_threads=1, type_k=0, type_v=0, flash_attn=request.param, verbose=False, n_batch=64
     )
 
 

@@ -42,7 +42,7 @@ from intactkv.serving.llama_cpp import SavedState
 from intactkv.serving.llama_proxy import Proxy, Refusal, _until_timed, check_body
 from intactkv.serving.llama_server import Engine, Server, installed_program, option, server_command, without
 
-F32 = ["-ctk", "f32", "-ctv", "f32", "-c", "2048", "-t", "2"]
+F32 = ["-ctk", "f32", "-ctv", "f32", "-c", "2048", "-t", "1"]
 
 
 @dataclass
@@ -302,7 +302,7 @@ def test_a_request_while_an_ended_server_is_tidied_away(pair: Pair, monkeypatch:
 )
 def test_the_native_route(pair: Pair, tmp_path: Path) -> None:
     """A state that llama.cpp computes of a full GGUF, for a quantized cache; only its own model takes it."""
-    cache_of = ["-ctk", "q8_0", "-ctv", "q8_0", "-c", "1024", "-t", "2"]
+    cache_of = ["-ctk", "q8_0", "-ctv", "q8_0", "-c", "1024", "-t", "1"]
     origin, out = write_gguf(pair.source, tmp_path / "full.gguf"), tmp_path / "native.bin"
     ids = ",".join(map(str, IDS))
     done = intactkv("capture", origin, "-o", out, "--engine", "llama.cpp", "--ids", ids, "--gguf", pair.gguf, *cache_of)
@@ -312,7 +312,7 @@ def test_the_native_route(pair: Pair, tmp_path: Path) -> None:
     with serving(pair.gguf, "--kv", out, *cache_of) as (url, _):
         status, headers, _ = post(f"{url}/completion", {"prompt": asked, "n_predict": 4})
         assert (status, headers["X-IntactKV-Rows"]) == (200, str(len(IDS)))
-    plain = ["-c", "1024", "-t", "2"]
+    plain = ["-c", "1024", "-t", "1"]
     done = intactkv("serve", pair.gguf, "--kv", out, *plain)
     assert done.returncode == 1
     assert "llama-server takes none of the states" in done.stderr
