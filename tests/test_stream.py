@@ -15,26 +15,20 @@ from intactkv import IntactKV, IntactKVError, capture
 from intactkv.basis.compare import basis, show_noise
 from intactkv.checkpoint import stream
 from intactkv.checkpoint.load import load_model
+from intactkv.checkpoint.shards import Folder
 from intactkv.checkpoint.stream import load_streamed, streamed
 from intactkv.demo import MODEL
 
 
 @pytest.fixture
 def on_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """However small, the embeddings and the head are on the disk, and the head works in slices."""
-    monkeypatch.setattr(stream, "_BIG", 0)
+    """However small, the head works in slices."""
     monkeypatch.setattr(stream, "_SLICE", 64)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda each: each.name)
-@pytest.mark.parametrize("large", [True, False], ids=["large", "small"])
-def test_streamed_is_live(
-    architecture: Architecture, large: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Every architecture, from several shards, merged experts included, embeddings on the disk and in memory."""
-    if large:
-        monkeypatch.setattr(stream, "_BIG", 0)
-        monkeypatch.setattr(stream, "_SLICE", 64)
+def test_streamed_is_live(architecture: Architecture, tmp_path: Path, on_disk: None) -> None:
+    """Every architecture, from several shards, merged experts included."""
     build(architecture).save_pretrained(tmp_path, max_shard_size="40KB")
     live = capture(load_model(tmp_path, dtype=torch.float32), PREFIX)
     model = load_streamed(tmp_path, dtype=torch.float32)
@@ -48,6 +42,39 @@ def test_streamed_is_live(
     assert again.provenance["weights"] == kv.provenance["weights"]
     assert without.logits is None
     assert all(torch.equal(a, b) for i in kv.layers for a, b in zip(kv.layers[i], without.layers[i], strict=True))
+
+
+@pytest.mark.parametrize("name", ["qwen3-moe", "mixtral", "deepseek-v3", "qwen3-next", "gpt-oss"])
+def test_experts_that_nobody_is_sent_to_are_not_read(
+    name: str, tmp_path: Path, on_disk: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tensors of their own, or rows of one; spoilt where nobody reads them, the artifact is the same."""
+    build(by_name(name)).save_pretrained(tmp_path, max_shard_size="40KB")
+    ids = PREFIX[:1]
+    live, model = capture(load_model(tmp_path, dtype=torch.float32), ids), load_streamed(tmp_path, dtype=torch.float32)
+    read: set[tuple[str, int | None]] = set()
+    plain = Folder.read
+
+    def watched(self: Folder, part: str, rows: slice | None = None) -> torch.Tensor:
+        read.add((part, None if rows is None else rows.start))
+        return plain(self, part, rows)
+
+    monkeypatch.setattr(Folder, "read", watched)
+    assert capture(model, ids).digest == live.digest
+    spoilt = 0
+    for file in tmp_path.glob("*.safetensors"):
+        tensors = load_file(file)
+        for part, tensor in tensors.items():
+            if "experts." not in part or "shared" in part or "bias" in part or (part, None) in read:
+                continue
+            for i in range(len(tensor)) if name == "gpt-oss" else [...]:
+                if (part, i) not in read:
+                    tensor[i] = torch.nan
+                    spoilt += 1
+        save_file(tensors, file, {"format": "pt"})
+    assert spoilt > 4
+    monkeypatch.undo()
+    assert capture(tmp_path, ids, stream=True).digest == live.digest
 
 
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float32])

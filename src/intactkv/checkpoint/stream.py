@@ -1,47 +1,52 @@
-"""A model whose weights stay on the disk: each matrix is mapped, used and let go while a forward passes through.
+"""A model whose weights stay where they lie: each matrix is read, used and let go while a forward passes through.
 
-accelerate's disk offload uses what safetensors files hold where it lies; its hooks do the work. What they would load
-whole, and a prefix does not need, is done here: of the vocabulary's embeddings only the rows of the ids are read, of
-the head slices. So a forward needs memory for one matrix, and the time of reading the blocks once.
+The model is transformers' own, on the meta device, and accelerate's offload hooks ask for each module's weights. What
+they would load whole, and a prefix does not need, is done here: of the vocabulary's embeddings only the rows of the ids
+are read, of the head slices, of experts those that tokens are sent to; what transformers merges on loading is merged
+when a layer asks for it. So a forward needs memory for one matrix, none on the disk, and the time of reading once.
 """
 
 from __future__ import annotations
 
+import inspect
 import os
-import shutil
-import tempfile
-import weakref
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from copy import deepcopy
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 from jaxtyping import Float, Int
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
-from intactkv.artifact.digest import digests, joined, tensor_digest
-from intactkv.checkpoint.source import check_exists, config_of, refuse_quantized, weights_folder
-from intactkv.decoder import blocks
+from intactkv.artifact.digest import joined, tensor_digest
+from intactkv.checkpoint.remote import Repository, bytes_on_the_hub, in_cache
+from intactkv.checkpoint.shards import LINE, Entry, Folder, Shards, aligned
+from intactkv.checkpoint.source import check_exists, config_of, is_gguf, refuse_quantized
 from intactkv.error import IntactKVError, first_line
 
 _SLICE = 8192  # rows of the head at a time
-_BIG = 2**25  # bytes from which a module beside the blocks stays on the disk too
 _HASHED_LATER = 4  # matrices that may wait to be hashed
 
 
-def stored_bytes(folder: str | os.PathLike[str]) -> int:
-    """The size of a folder's safetensors."""
-    return sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
+def stored_bytes(source: str | os.PathLike[str]) -> int:
+    """The size of a folder's safetensors, or of a Hub model's; 0 where there are none."""
+    folder = Path(source) if Path(source).is_dir() else in_cache(str(source))
+    if folder is None:
+        return bytes_on_the_hub(str(source))
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
 def larger_than_memory(source: str | os.PathLike[str]) -> bool:
-    """Whether a folder is streamed without being asked: where it takes more than a quarter of the free memory."""
-    if not Path(source).is_dir() or find_spec("accelerate") is None:
+    """Whether a checkpoint is streamed without being asked: where it takes more than a quarter of the free memory."""
+    if Path(source).is_file() or find_spec("accelerate") is None:
         return False
     import psutil  # accelerate brings it
 
@@ -56,112 +61,150 @@ def streamed(model: PreTrainedModel) -> Store | None:
 def load_streamed(source: str | os.PathLike[str], *, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
     """A causal LM in eval mode from a folder or Hub name of safetensors, whose weights are read at each forward.
 
-    Tensors that transformers merges on loading (experts) are written to a temporary folder once (TMPDIR). Raises
+    What is not in the Hub's cache is read from the Hub, of each file the bytes that are needed, and not kept. Raises
     `IntactKVError` for other sources and for quantized ones, where a tensor is missing, unexpected or of another shape,
     and where accelerate is not installed.
     """
     if find_spec("accelerate") is None:
         raise IntactKVError("streaming a checkpoint needs accelerate: pip install 'intactkv[stream]'")
     check_exists(source)
-    where = weights_folder(source)
-    if not stored_bytes(where) or (config := config_of(where)) is None:
-        raise IntactKVError(f"{source} cannot be streamed: give a folder or Hub name with *.safetensors")
+    if is_gguf(source):
+        raise IntactKVError(f"{source} cannot be streamed: give a folder or Hub name of safetensors")
+    here = Path(source) if Path(source).is_dir() else in_cache(str(source))
+    config = config_of(source)
+    if config is None or (here is not None and not stored_bytes(here)):
+        raise IntactKVError(f"{source} cannot be streamed: give a folder or Hub name of safetensors")
     refuse_quantized(config)
-    folder = tempfile.mkdtemp(prefix="intactkv-")
+    if here is not None and (here / "adapter_config.json").is_file():
+        raise IntactKVError(f"{source} holds an adapter; merge it into its model and give that, or add --no-stream")
+    shards: Shards = Repository(str(source)) if here is None else Folder(here)
     try:
-        with torch.device("meta"):
-            skeleton = AutoModelForCausalLM.from_config(config)
-        # float32 is made of what is stored, matrix by matrix: transformers would hold all of it at once; and what is
-        # stored is not always what config.json says
-        wide, as_stored = dtype == torch.float32, _stored_as(where)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            where, dtype=as_stored if wide else dtype, device_map=_places(skeleton), offload_folder=folder,
-            output_loading_info=True,
-        )  # fmt: skip
-        model, report = loaded
-        if wide:
-            _widen_(model)
-    except BaseException as error:
-        shutil.rmtree(folder, ignore_errors=True)
-        if isinstance(error, OSError | ValueError | KeyError | RuntimeError | SafetensorError):
-            raise IntactKVError(f"{source} cannot be streamed: {first_line(error)}") from error
-        raise
-    weakref.finalize(model, shutil.rmtree, folder, ignore_errors=True)
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if names := sorted(map(str, report[kind])):
-            raise IntactKVError(f"{source} does not fit {type(model).__name__}: {kind.replace('_', ' ')}: {names[0]}")
-    model._intactkv_store = Store(model)
+        model = _without_weights(config, shards.entries, dtype)
+        model._intactkv_store = Store(model, shards)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        if isinstance(error, IntactKVError):
+            raise
+        raise IntactKVError(f"{source} cannot be streamed: {first_line(error)}") from error
     model.config.name_or_path = str(source)
     return model.eval()
 
 
-def _stored_as(folder: Path) -> torch.dtype:
-    """The widest floating type of a folder's safetensors."""
-    found = set()
-    for path in folder.glob("*.safetensors"):
-        with safe_open(path, framework="pt") as file:
-            found |= {file.get_slice(name).get_dtype() for name in set(file.keys())}
-    if "F32" in found or {"F16", "BF16"} <= found:
-        return torch.float32
-    return torch.float16 if "F16" in found else torch.bfloat16
+def _without_weights(config: PreTrainedConfig, entries: Mapping[str, Entry], dtype: torch.dtype | str) -> Any:
+    """The model on the meta device, its types as transformers chooses them, its computed buffers in memory."""
+    from accelerate import init_empty_weights
+
+    if not isinstance(dtype, torch.dtype):
+        dtype = config.dtype or next(each.dtype for each in entries.values() if each.dtype.is_floating_point)
+    with init_empty_weights(include_buffers=False):
+        skeleton: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    for module in skeleton.modules():
+        module._is_hf_initialized = not module._non_persistent_buffers_set
+    skeleton.initialize_weights()  # what transformers does to such buffers after loading, in float32
+    shapes = {name: torch.empty(each.shape, dtype=each.dtype, device="meta") for name, each in entries.items()}
+    loaded: Any = type(skeleton).from_pretrained(
+        None, config=config, state_dict=shapes, device_map={"": "meta"}, dtype=dtype, output_loading_info=True
+    )
+    model, report = loaded
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if names := sorted(map(str, report[kind])):
+            raise IntactKVError(
+                f"the checkpoint does not fit {type(model).__name__}: {kind.replace('_', ' ')}: {names[0]}"
+            )
+    computed = dict(skeleton.named_buffers())
+    for module, name, full in _buffers(model):
+        if name in module._non_persistent_buffers_set:
+            module._buffers[name] = computed[full]
+    return model
 
 
-def _widen_(model: PreTrainedModel) -> None:
-    """Let a model compute in float32: accelerate's hooks give each matrix the type that its place has."""
-    for module in model.modules():
-        parts: Any = (module._parameters, module._buffers)
-        for held in parts:
-            for name, tensor in held.items():
-                if tensor is not None and tensor.dtype in (torch.bfloat16, torch.float16):
-                    wide = tensor.detach().float()
-                    held[name] = nn.Parameter(wide, requires_grad=False) if held is module._parameters else wide
-    model.config.dtype = torch.float32
+def _buffers(model: nn.Module) -> Iterator[tuple[Any, str, str]]:
+    """Every buffer's module, its name there and in the model."""
+    for prefix, module in model.named_modules():
+        for name, held in module._buffers.items():
+            if held is not None:
+                yield module, name, f"{prefix}.{name}" if prefix else name
 
 
-def _places(skeleton: PreTrainedModel) -> dict[str, str]:
-    """Where each part's weights are: the blocks' and other large ones on the disk, small ones in memory."""
-    layers = blocks(skeleton)
-    inside = {id(module) for block in layers for module in block.modules()}
-    heads = {id(block) for block in layers}
-    found = {}
-    for name, module in skeleton.named_modules():
-        if id(module) in heads:
-            found[name] = "disk"
-        stored = [t for n, t in module.named_buffers(recurse=False) if n not in module._non_persistent_buffers_set]
-        held = [*module.parameters(recurse=False), *stored]
-        if held and id(module) not in inside:
-            found[name] = "disk" if sum(4 * each.numel() for each in held) > _BIG else "cpu"
-    return found
+@dataclass
+class Recipe:
+    """What makes a parameter: one tensor of the checkpoint, or several and transformers' conversion of them."""
+
+    target: str
+    converter: WeightConverter | None
+    dtype: torch.dtype
+    parts: list[tuple[str, str]] = field(default_factory=list)  # a tensor's name and the pattern that it matches
+
+    def make(self, tensors: Mapping[str, Tensor], model: PreTrainedModel) -> dict[str, Tensor]:
+        """The parameters by name, from the checkpoint's tensors."""
+        if self.converter is None:
+            return {self.target: tensors[self.parts[0][0]]}
+        converter = deepcopy(self.converter)
+        for name, pattern in self.parts:
+            part: Any = tensors[name].to(self.dtype)
+            converter.add_tensor(self.target, name, pattern, part)
+        made = converter.convert(self.target, model=model, config=model.config)
+        return {name: each[0] if isinstance(each, list) else each for name, each in made.items()}
+
+    def of(self, experts: Sequence[int]) -> Recipe:
+        """The recipe of some experts alone, where the tensors of each lie apart."""
+        seen: dict[str, int] = {}
+        parts = []
+        for name, pattern in self.parts:
+            place = seen[pattern] = seen.get(pattern, -1) + 1
+            if place in experts:
+                parts.append((name, pattern))
+        return Recipe(self.target, self.converter, self.dtype, parts)
 
 
-def _weights_of(module: nn.Module) -> Any:
-    """Where accelerate's hook of a module finds its weights; None where it has none on the disk."""
-    hook: Any = getattr(module, "_hf_hook", None)
-    hooks = getattr(hook, "hooks", [hook])
-    return next((found for each in hooks if (found := getattr(each, "weights_map", None)) is not None), None)
+def _recipes(model: PreTrainedModel, entries: Mapping[str, Entry]) -> dict[str, Recipe]:
+    """Every parameter's recipe, by transformers' own renamings and conversions."""
+    transforms: Any = model._weight_conversions or []
+    renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
+    converters = [each for each in transforms if isinstance(each, WeightConverter)]
+    by_pattern = {pattern: each for each in converters for pattern in each.source_patterns}
+    state, prefix = model.state_dict(), model.base_model_prefix
+    groups: dict[str, Recipe] = {}
+    for name in sorted(entries, key=dot_natural_key):
+        target, pattern = rename_source_key(name, renamings, converters, prefix, state)
+        if target not in state and name in state:
+            target, pattern = rename_source_key(name, [], [], prefix, state)
+        if target in state:
+            converter = None if pattern is None else by_pattern[pattern]
+            group = groups.setdefault(target, Recipe(target, converter, state[target].dtype))
+            group.parts.append((name, pattern or name))
+    found: dict[str, Recipe] = {}
+    for group in groups.values():
+        shapes = {name: torch.empty(entries[name].shape, device="meta") for name, _ in group.parts}
+        found |= dict.fromkeys(group.make(shapes, model), group)
+    tied: dict[str, str] = model.all_tied_weights_keys
+    return found | {name: found[source] for name, source in tied.items() if name not in found}
 
 
 class Store(Mapping[str, Tensor]):
-    """The weights on the disk by name, and the digest of all that was read of them.
+    """The weights of `model` by name, read when its modules ask for them, and the digest of all that was read."""
 
-    It takes the place of accelerate's own loader behind every hook of `model`.
-    """
+    def __init__(self, model: PreTrainedModel, shards: Shards) -> None:
+        from accelerate.hooks import attach_align_device_hook
 
-    def __init__(self, model: PreTrainedModel) -> None:
         self.skip_head = False
+        self._model, self._shards = model, shards
+        self._recipes = _recipes(model, shards.entries)
+        self._made: dict[str, Tensor] = {}  # what a conversion has made besides, until it is asked for
+        self._shapes = {name: each.shape for name, each in model.state_dict().items()}
+        self._routed: list[int] | None = None  # the experts that tokens are sent to, while they work
         self._embedding: str | None = None
         self._pool = ThreadPoolExecutor(1, "sha256")
-        self._loader: Any = None
-        for module in model.modules():
-            if (weights := _weights_of(module)) is not None:
-                self._loader = weights.dataset
-                weights.dataset = self
-        self._held = digests({name: each for name, each in model.state_dict().items() if each.device.type != "meta"})
         self._digests: dict[str, Future[str]] = {}
         self._waiting: deque[Future[str]] = deque(maxlen=_HASHED_LATER)
-        if self._loader is not None:
-            self._read_rows_(model)
-            self._read_slices_(model)
+        for module, name, full in _buffers(model):
+            if name not in module._non_persistent_buffers_set:
+                module._buffers[name] = self[full].to(module._buffers[name].dtype)
+        self._held, self._digests = self._digests, {}
+        shared: Any = model._skip_keys_device_placement  # a copy of a cache would be another cache
+        attach_align_device_hook(model, torch.device("cpu"), offload=True, weights_map=self, skip_keys=shared)
+        self._read_rows_(model)
+        self._read_slices_(model)
+        self._read_routed_(model)
 
     def begin(self, *, head: bool) -> None:
         """A capture begins: nothing has been read yet; without `head` there are no logits."""
@@ -170,96 +213,134 @@ class Store(Mapping[str, Tensor]):
     @property
     def digest(self) -> str:
         """SHA-256 over the digests of what is held in memory, and of every tensor, row and slice that was read."""
-        read = {name: each.result() for name, each in self._digests.items()}
-        return "read: " + joined({}, {**self._held, **read})
+        return "read: " + joined({}, {name: each.result() for name, each in {**self._held, **self._digests}.items()})
 
     def __getitem__(self, name: str) -> Tensor:
-        entry = self._loader.index.get(name, {})
-        if "safetensors_file" not in entry:  # what was merged on loading
-            tensor: Tensor = self._loader[name]
-            self._hash(name, tensor)
-            return tensor
-        try:
-            with safe_open(entry["safetensors_file"], framework="pt") as file:
-                stored = file.get_tensor(entry["weight_name"])
-        except (OSError, SafetensorError) as error:
-            raise IntactKVError(
-                f"{entry['safetensors_file']} does not give {entry['weight_name']} ({first_line(error)}); get it again"
-            ) from error
-        self._hash(name, stored)
-        return stored  # and the hook makes it of its place's type
+        recipe = self._recipes[name]
+        if self._routed is not None and (few := self._some(name, recipe, self._routed)) is not None:
+            return few
+        if name not in self._made:
+            read = {part: self._read(part) for part, _ in recipe.parts}
+            made = recipe.make(read, self._model)
+            self._made = made if name in made else {name: next(iter(made.values()))}  # a tied one's other name
+        return self._made.pop(name)  # and the hook makes it of its place's type
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._loader)
+        return iter(self._recipes)
 
     def __len__(self) -> int:
-        return len(self._loader)
+        return len(self._recipes)
 
     def embeddings(self, rows: slice) -> Float[Tensor, "row hidden"] | None:
         """Rows of the input embeddings, where `module.weight` cannot be read; None where it can."""
-        return None if self._embedding is None else self._part(self._embedding, rows, torch.float32)
+        return None if self._embedding is None else self._read(self._embedding, rows).float()
 
-    def _hash(self, name: str, tensor: Tensor) -> None:
-        if name in self._digests:
-            return
-        if len(self._waiting) == _HASHED_LATER:  # they are hashed in order
-            self._waiting[0].result()
-        self._digests[name] = self._pool.submit(tensor_digest, tensor)
-        self._waiting.append(self._digests[name])
+    def _read(self, part: str, rows: slice | None = None) -> Tensor:
+        """A tensor of the checkpoint, or some of its rows, as stored."""
+        stored = self._shards.read(part, rows)
+        name = part if rows is None else f"{part}[{rows.start}:{rows.stop}]"
+        if name not in self._digests:
+            if len(self._waiting) == _HASHED_LATER:  # they are hashed in order
+                self._waiting[0].result()
+            self._digests[name] = self._pool.submit(tensor_digest, stored)
+            self._waiting.append(self._digests[name])
+        return stored
 
-    def _part(self, name: str, rows: slice, dtype: torch.dtype) -> Tensor:
-        entry = self._loader.index[name]
-        with safe_open(entry["safetensors_file"], framework="pt") as file:
-            stored = file.get_slice(entry["weight_name"])[rows]
-        self._hash(f"{name}[{rows.start}:{rows.stop}]", stored)
-        return stored.to(dtype)
+    def _some(self, name: str, recipe: Recipe, experts: list[int]) -> Tensor | None:
+        """Experts' weights, in which only some are read and others are zeros; None where they cannot be told apart."""
+        shape = self._shapes[name]
+        if len(shape) != 3:
+            return None
+        if recipe.converter is None:
+            read = [self._read(recipe.parts[0][0], slice(i, i + 1)) for i in experts]
+            made = {name: torch.cat(read)}
+        else:
+            few = recipe.of(experts)
+            shapes = {part: torch.empty(self._shards.entries[part].shape, device="meta") for part, _ in few.parts}
+            told = {each: tuple(tensor.shape) for each, tensor in few.make(shapes, self._model).items()}
+            if told != {name: (len(experts), *shape[1:])}:
+                return None
+            made = few.make({part: self._read(part) for part, _ in few.parts}, self._model)
+        size = shape.numel() * recipe.dtype.itemsize
+        memory = torch.from_numpy(numpy.zeros(size + LINE, "uint8"))  # pages that nobody writes take no memory
+        whole = aligned(memory, size, 0).view(recipe.dtype).view(shape)
+        whole[experts] = made[name].to(recipe.dtype)
+        return whole
 
-    def _taken_over(self, module: Any) -> str | None:
-        """The name of a module's weight, if accelerate would load it whole; it does not from now on."""
+    def _taken_over(self, model: PreTrainedModel, module: nn.Module) -> str | None:
+        """The checkpoint's name of a module's weight, if a hook would load it whole; it does not from now on."""
         from accelerate.hooks import remove_hook_from_module
 
-        weights = _weights_of(module)
-        if weights is None or not isinstance(getattr(module, "weight", None), nn.Parameter):
-            return None
-        name = f"{weights.prefix}weight"
-        if "safetensors_file" not in self._loader.index.get(name, {}):
+        path = next(name for name, each in model.named_modules() if each is module)
+        recipe = self._recipes.get(f"{path}.weight")
+        if recipe is None or recipe.converter is not None:
             return None
         remove_hook_from_module(module)
-        return name
+        return recipe.parts[0][0]
 
     def _read_rows_(self, model: PreTrainedModel) -> None:
-        """The embeddings read the rows of the ids alone."""
-        module: Any = model.get_input_embeddings()
-        if not isinstance(module, nn.Embedding) or (name := self._taken_over(module)) is None:
-            return
-        self._embedding, plain, padding = name, type(module).forward, module.padding_idx
+        """The embeddings read the rows of the ids alone: the input's, and those like them (Gemma 3n's by layer)."""
+        inputs = model.get_input_embeddings()
+        for module in list(model.modules()):
+            if isinstance(module, nn.Embedding) and type(module) in (nn.Embedding, type(inputs)):
+                name = self._taken_over(model, module)
+                if name is not None:
+                    self._read_rows_of_(module, name)
+                    self._embedding = name if module is inputs else self._embedding
+
+    def _read_rows_of_(self, module: Any, name: str) -> None:
+        plain, padding = type(module).forward, module.padding_idx
         # not "meta", where Llama 4 would put the ids; it takes no memory, and whoever reads it sees that it is none
         nowhere = torch.full((), torch.nan, dtype=module.weight.dtype).expand(module.weight.shape)
         module.weight = placeholder = nn.Parameter(nowhere, requires_grad=False)
 
         def forward(ids: Int[Tensor, "*token"]) -> Tensor:
             unique, places = ids.unique(return_inverse=True)
-            rows = torch.cat([self._part(name, slice(i, i + 1), nowhere.dtype) for i in unique.tolist()])
+            rows = torch.cat([self._read(name, slice(i, i + 1)) for i in unique.tolist()]).to(nowhere.dtype)
             module.weight, module.padding_idx = nn.Parameter(rows, requires_grad=False), None
             try:
                 return plain(module, places)
             finally:
                 module.weight, module.padding_idx = placeholder, padding
 
-        vars(module)["forward"] = forward
+        module.forward = forward
 
     def _read_slices_(self, model: PreTrainedModel) -> None:
         """The head works a slice of the vocabulary at a time, or not at all."""
         module: Any = model.get_output_embeddings()
-        if type(module) is not nn.Linear or module.bias is not None or (name := self._taken_over(module)) is None:
+        if type(module) is not nn.Linear or module.bias is not None:
             return
-        vocabulary = module.weight.shape[0]
+        vocabulary, dtype = module.weight.shape[0], module.weight.dtype
+        name = self._taken_over(model, module)
+        if name is None:
+            return
 
         def forward(hidden: Float[Tensor, "*token hidden"]) -> Tensor:
             if self.skip_head:
                 return hidden[..., :1]
             cuts = [slice(i, min(i + _SLICE, vocabulary)) for i in range(0, vocabulary, _SLICE)]
-            dtype = module.weight.dtype
-            return torch.cat([nn.functional.linear(hidden, self._part(name, cut, dtype)) for cut in cuts], -1)
+            return torch.cat([nn.functional.linear(hidden, self._read(name, cut).to(dtype)) for cut in cuts], -1)
+
+        module.forward = forward
+
+    def _read_routed_(self, model: PreTrainedModel) -> None:
+        """Of experts whose weights are one tensor, a call reads those that its router names."""
+        for module in model.modules():
+            if not any(each.ndim == 3 for each in module.parameters(recurse=False)):
+                continue
+            arguments = list(inspect.signature(type(module).forward).parameters)[1:]
+            if name := next((each for each in ("top_k_index", "router_indices") if each in arguments), None):
+                self._follow_router_(module, name, arguments.index(name), len(next(module.parameters(recurse=False))))
+
+    def _follow_router_(self, module: Any, name: str, place: int, count: int) -> None:
+        plain = module.forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            chosen = kwargs[name] if name in kwargs else args[place]
+            self._routed = [i for i in chosen.unique().tolist() if i < count]
+            try:
+                return plain(*args, **kwargs)
+            finally:
+                self._routed = None
 
         module.forward = forward
