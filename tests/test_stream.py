@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from intactkv.checkpoint import stream
 from intactkv.checkpoint.load import load_model
 from intactkv.checkpoint.shards import Folder
 from intactkv.checkpoint.stream import load_streamed, streamed
+from intactkv.decoder import blocks
 from intactkv.demo import MODEL
 
 
@@ -75,6 +77,86 @@ def test_experts_that_nobody_is_sent_to_are_not_read(
     assert spoilt > 4
     monkeypatch.undo()
     assert capture(tmp_path, ids, stream=True).digest == live.digest
+
+
+class Killed(BaseException):
+    """As if the process had ended."""
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda each: each.name)
+def test_killed_and_gone_on(
+    architecture: Architecture, tmp_path: Path, on_disk: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At any block: the blocks before are not read again, and artifact, logits and digest are those of one run."""
+    build(architecture).save_pretrained(tmp_path / "m", max_shard_size="40KB")
+    model = load_streamed(tmp_path / "m", dtype=torch.float32)
+    whole, partial = capture(model, PREFIX), tmp_path / "partial"
+    plain, read, ends = Folder.read, set[int](), -1
+
+    def watched(self: Folder, part: str, rows: slice | None = None) -> torch.Tensor:
+        if found := re.search(r"\.(?:h|layers|blocks)\.(\d+)\.", part):
+            if int(found[1]) == ends:
+                raise Killed
+            read.add(int(found[1]))
+        return plain(self, part, rows)
+
+    monkeypatch.setattr(Folder, "read", watched)
+    follows = architecture.name not in ("gemma3n", "gemma4")  # its blocks hand keys and values on to each other
+    last = len(blocks(model)) - 1
+    for at in (1, last):
+        model = load_streamed(tmp_path / "m", dtype=torch.float32)
+        read.clear()
+        ends = at
+        with pytest.raises(Killed):
+            capture(model, PREFIX, resume=partial)
+        streamed(model).later(lambda: None).result()  # type: ignore[union-attr]
+        assert partial.exists() is follows
+        assert read == set(range(1 if at == last and follows else 0, at))
+        ends = -1
+    model = load_streamed(tmp_path / "m", dtype=torch.float32)
+    kv = capture(model, PREFIX, resume=partial)
+    assert kv.digest == whole.digest
+    assert torch.equal(kv.logits, whole.logits)  # type: ignore[arg-type]
+    assert kv.provenance["weights"] == whole.provenance["weights"]
+    assert not partial.exists()
+
+
+def test_another_file_is_not_gone_on_from(tmp_path: Path, on_disk: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other ids, a changed checkpoint, a spoilt file, one that cannot be written: begun again, never mixed."""
+    build(by_name("llama-gqa")).save_pretrained(tmp_path / "m", max_shard_size="40KB")
+    partial = tmp_path / "partial"
+
+    def stop() -> None:
+        plain = Folder.read
+
+        def read(self: Folder, part: str, rows: slice | None = None) -> torch.Tensor:
+            if ".layers.2." in part:
+                raise Killed
+            return plain(self, part, rows)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(Folder, "read", read)
+            model = load_streamed(tmp_path / "m", dtype=torch.float32)
+            with pytest.raises(Killed):
+                capture(model, PREFIX, resume=partial)
+            streamed(model).later(lambda: None).result()  # type: ignore[union-attr]
+
+    stop()
+    other = [*PREFIX, 9]
+    assert capture(tmp_path / "m", other, stream=True, resume=partial).digest == capture(tmp_path / "m", other).digest
+    stop()
+    partial.write_bytes(partial.read_bytes()[:-9])
+    whole = capture(tmp_path / "m", PREFIX)
+    assert capture(tmp_path / "m", PREFIX, stream=True, resume=partial).digest == whole.digest
+    stop()
+    shard = sorted((tmp_path / "m").glob("*.safetensors"))[3]
+    changed = {name: tensor * 2 for name, tensor in load_file(shard).items()}
+    save_file(changed, shard, {"format": "pt"})
+    whole = capture(tmp_path / "m", PREFIX)
+    assert capture(tmp_path / "m", PREFIX, stream=True, resume=partial).digest == whole.digest
+    assert capture(tmp_path / "m", PREFIX, stream=True, resume=tmp_path / "no" / "partial").digest == whole.digest
+    with pytest.raises(IntactKVError, match="goes with a streamed model"):
+        capture(tmp_path / "m", PREFIX, stream=False, resume=partial)
 
 
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float32])

@@ -19,6 +19,7 @@ from intactkv.artifact.digest import weights_digest
 from intactkv.artifact.fingerprint import fingerprint
 from intactkv.attaching.adapters import adapters
 from intactkv.attaching.handle import is_attached
+from intactkv.capturing.partial import Partial
 from intactkv.capturing.record import recorded
 from intactkv.checkpoint.load import load_model
 from intactkv.checkpoint.source import quantizer, refuse_quantized
@@ -42,6 +43,7 @@ def capture(
     logits: bool = True,
     allow_quantized: bool = False,
     stream: bool | None = None,
+    resume: str | os.PathLike[str] | None = None,
 ) -> IntactKV:
     """The intact KV of the prefix `ids`, computed by `model` in one forward of P tokens.
 
@@ -53,7 +55,9 @@ def capture(
     same. The model is left as it was, training mode included. A quantized model, whose keys and values are what an
     intact KV is to replace, is taken only with `allow_quantized`; the provenance then names its quantizer. A path is
     streamed, its weights read matrix by matrix and never held, where `stream` says so, by default where a folder takes
-    more than a quarter of the free memory and accelerate is installed; the result is the same, bit for bit.
+    more than a quarter of the free memory and accelerate is installed; the result is the same, bit for bit. A streamed
+    capture leaves what it has in the file `resume` after each block, goes on from that where it is there already, and
+    removes it at the end.
 
     Raises `IntactKVError` for ids that are no token ids of the vocabulary, for a path without a causal LM or with
     tensors that do not fit it, for quantized models, encoder-decoders, for a model that has an intact KV attached, for
@@ -75,11 +79,15 @@ def capture(
     check_positions(model.config, len(prefix), "the prefix")
 
     raw: list[Tensor] = []
+    partial = None
     if (store := streamed(model)) is not None:
         store.begin(head=logits)
+        partial = None if resume is None else Partial(resume, model, store, prefix)
+    elif resume is not None:
+        raise IntactKVError(f"resume={os.fspath(resume)!r} goes with a streamed model; add stream=True")
     handle = head.register_forward_hook(lambda module, args, output: raw.append(output[0].detach().cpu().clone()))
     try:
-        batch = recorded(model, prefix[None])
+        batch = recorded(model, prefix[None], partial=partial)
     finally:
         handle.remove()
     _check_causal(model, prefix, most=None if store is None else 2)
@@ -87,6 +95,8 @@ def capture(
     check_finite(layers, "load the full model in float32 or bfloat16 and check its weights")
     about = fingerprint(model.config), _provenance(model, tokenizer)
     kv = IntactKV(prefix, layers, raw[0] if logits else None, *about)
+    if partial is not None:
+        partial.remove()
     log.info("captured %r with %s", kv, type(model).__name__)
     return kv
 

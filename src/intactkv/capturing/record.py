@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Int
@@ -13,20 +14,28 @@ from transformers import DynamicCache, PreTrainedModel
 from intactkv.decoder import input_device
 from intactkv.error import IntactKVError
 
+if TYPE_CHECKING:
+    from intactkv.capturing.partial import Partial
+
 
 @torch.no_grad()
 def recorded(
-    model: PreTrainedModel, ids: Int[Tensor, "batch token"], *, most: int | None = None
+    model: PreTrainedModel,
+    ids: Int[Tensor, "batch token"],
+    *,
+    most: int | None = None,
+    partial: Partial | None = None,
 ) -> dict[int, tuple[Tensor, Tensor]]:
     """What each layer hands to `Cache.update` for `ids`: keys and values `(batch, head, token, dim)` on the CPU.
 
-    Computed in eval mode; the model is left as it was. After `most` layers the forward is broken off. Raises
-    `IntactKVError` where no layer has keys and values.
+    Computed in eval mode; the model is left as it was. After `most` layers the forward is broken off; with `partial` it
+    goes on where an earlier one ended. Raises `IntactKVError` where no layer has keys and values.
     """
     cache, training = _Recorder(most, config=model.config), [module for module in model.modules() if module.training]
     model.eval()
     try:
-        model(input_ids=ids.to(input_device(model)), past_key_values=cache, use_cache=True)
+        with nullcontext() if partial is None else partial.followed(model, cache):
+            model(input_ids=ids.to(input_device(model)), past_key_values=cache, use_cache=True)
     except _Enough:
         pass
     except ValueError as error:
@@ -67,6 +76,11 @@ class _Recorder(DynamicCache):
         if len(self.recorded) == self._most:
             raise _Enough
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def restore(self, layers: Mapping[int, tuple[Tensor, Tensor]]) -> None:
+        """What layers handed in in an earlier forward."""
+        for i, (key, value) in layers.items():
+            self.update(key, value, i)
 
 
 class Watched(DynamicCache):

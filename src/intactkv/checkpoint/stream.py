@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -214,6 +214,25 @@ class Store(Mapping[str, Tensor]):
     def digest(self) -> str:
         """SHA-256 over the digests of what is held in memory, and of every tensor, row and slice that was read."""
         return "read: " + joined({}, {name: each.result() for name, each in {**self._held, **self._digests}.items()})
+
+    @property
+    def identity(self) -> str:
+        """Another one where a file of the checkpoint was changed."""
+        return self._shards.identity
+
+    def digests(self) -> dict[str, str]:
+        """What was read so far, and its digests."""
+        return {name: each.result() for name, each in list(self._digests.items()) if each.done()}
+
+    def go_on(self, digests: Mapping[str, str]) -> None:
+        """An earlier capture has read this."""
+        for name, digest in digests.items():
+            self._digests[name] = Future()
+            self._digests[name].set_result(digest)
+
+    def later(self, work: Callable[[], None]) -> Future[None]:
+        """Do it once all that was read so far is hashed."""
+        return self._pool.submit(work)
 
     def __getitem__(self, name: str) -> Tensor:
         recipe = self._recipes[name]

@@ -40,7 +40,7 @@ def capture_command(
         typer.Option(
             "--stream/--no-stream",
             help="Read the weights matrix by matrix, never holding them; by default where MODEL takes more than a "
-            "quarter of the free memory.",
+            "quarter of the free memory. Where it is killed, the same command goes on from KV.partial.",
         ),
     ] = None,
     device: Device = "auto",
@@ -98,7 +98,10 @@ def capture_command(
         with console.status("looking for pivots"):
             chosen = discover(full, tokenizer, text)
     with console.status(f"capturing {len(chosen)} tokens"):
-        kv = capture(full, chosen, tokenizer=tokenizer, logits=logits, allow_quantized=allow_quantized)
+        kv = capture(
+            full, chosen, tokenizer=tokenizer, logits=logits, allow_quantized=allow_quantized,
+            resume=out.with_name(f"{out.name}.partial") if streams else None,
+        )  # fmt: skip
         kv.save(out)
         tokens = first_tokens(tokenizer, text, 4096)
         idle = None if streams else without_pivot(full, behind(chosen, tokens), size=len(chosen))
