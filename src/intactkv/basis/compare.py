@@ -75,7 +75,7 @@ def show_noise(full: PreTrainedModel, *, windows: Int[Tensor, "window token"] | 
         vocab = full.config.get_text_config(decoder=True).vocab_size
         windows = torch.randint(vocab, (8, 128), generator=torch.Generator().manual_seed(0))
     if (store := streamed(full)) is not None:
-        store.begin(head=False)
+        store.begin(head=False, hashed=False)
     with torch.no_grad(), recorded_inputs(full) as read:
         recorded(full, windows)
     inputs = {i: (x.shape, float(x.float().square().mean().sqrt()), x.dtype) for i, x in read.items()}

@@ -92,7 +92,12 @@ def capture(
         handle.remove()
     _check_causal(model, prefix, most=None if store is None else 2)
     layers = {i: (key[0].clone(), value[0].clone()) for i, (key, value) in batch.items()}
-    check_finite(layers, "load the full model in float32 or bfloat16 and check its weights")
+    try:
+        check_finite(layers, "load the full model in float32 or bfloat16 and check its weights")
+    except IntactKVError as error:
+        if store is not None and (found := store.not_finite()) is not None:
+            raise IntactKVError(f"{model.config.name_or_path}: {found} holds NaN or infinity; get it again") from error
+        raise
     about = fingerprint(model.config), _provenance(model, tokenizer)
     kv = IntactKV(prefix, layers, raw[0] if logits else None, *about)
     if partial is not None:

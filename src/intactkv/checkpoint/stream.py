@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -23,13 +23,13 @@ import numpy
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, FineGrainedFP8Config, PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
 from intactkv.artifact.digest import joined, tensor_digest
 from intactkv.checkpoint.remote import Repository, bytes_on_the_hub, in_cache
 from intactkv.checkpoint.shards import LINE, Entry, Folder, Shards, aligned
-from intactkv.checkpoint.source import check_exists, config_of, is_gguf, refuse_quantized
+from intactkv.checkpoint.source import check_exists, config_of, is_gguf, quantizer, refuse_quantized
 from intactkv.error import IntactKVError, first_line
 
 _SLICE = 8192  # rows of the head at a time
@@ -74,7 +74,8 @@ def load_streamed(source: str | os.PathLike[str], *, dtype: torch.dtype | str = 
     config = config_of(source)
     if config is None or (here is not None and not stored_bytes(here)):
         raise IntactKVError(f"{source} cannot be streamed: give a folder or Hub name of safetensors")
-    refuse_quantized(config)
+    if quantizer(config) != "fp8":  # which transformers makes dense ones of on a CPU
+        refuse_quantized(config)
     if here is not None and (here / "adapter_config.json").is_file():
         raise IntactKVError(f"{source} holds an adapter; merge it into its model and give that, or add --no-stream")
     shards: Shards = Repository(str(source)) if here is None else Folder(here)
@@ -101,8 +102,9 @@ def _without_weights(config: PreTrainedConfig, entries: Mapping[str, Entry], dty
         module._is_hf_initialized = not module._non_persistent_buffers_set
     skeleton.initialize_weights()  # what transformers does to such buffers after loading, in float32
     shapes = {name: torch.empty(each.shape, dtype=each.dtype, device="meta") for name, each in entries.items()}
+    dense = {"quantization_config": FineGrainedFP8Config(dequantize=True)} if quantizer(config) == "fp8" else {}
     loaded: Any = type(skeleton).from_pretrained(
-        None, config=config, state_dict=shapes, device_map={"": "meta"}, dtype=dtype, output_loading_info=True
+        None, config=config, state_dict=shapes, device_map={"": "meta"}, dtype=dtype, output_loading_info=True, **dense
     )
     model, report = loaded
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
@@ -132,6 +134,7 @@ class Recipe:
     target: str
     converter: WeightConverter | None
     dtype: torch.dtype
+    scaled: bool  # of fp8, with scales beside it
     parts: list[tuple[str, str]] = field(default_factory=list)  # a tensor's name and the pattern that it matches
 
     def make(self, tensors: Mapping[str, Tensor], model: PreTrainedModel) -> dict[str, Tensor]:
@@ -140,7 +143,8 @@ class Recipe:
             return {self.target: tensors[self.parts[0][0]]}
         converter = deepcopy(self.converter)
         for name, pattern in self.parts:
-            part: Any = tensors[name].to(self.dtype)
+            # scales keep their type, as transformers has it
+            part: Any = tensors[name].to(self.dtype) if name == self.target or not self.scaled else tensors[name]
             converter.add_tensor(self.target, name, pattern, part)
         made = converter.convert(self.target, model=model, config=model.config)
         return {name: each[0] if isinstance(each, list) else each for name, each in made.items()}
@@ -153,7 +157,7 @@ class Recipe:
             place = seen[pattern] = seen.get(pattern, -1) + 1
             if place in experts:
                 parts.append((name, pattern))
-        return Recipe(self.target, self.converter, self.dtype, parts)
+        return replace(self, parts=parts)
 
 
 def _recipes(model: PreTrainedModel, entries: Mapping[str, Entry]) -> dict[str, Recipe]:
@@ -164,13 +168,14 @@ def _recipes(model: PreTrainedModel, entries: Mapping[str, Entry]) -> dict[str, 
     by_pattern = {pattern: each for each in converters for pattern in each.source_patterns}
     state, prefix = model.state_dict(), model.base_model_prefix
     groups: dict[str, Recipe] = {}
+    scaled = any(each.dtype == torch.float8_e4m3fn for each in entries.values())
     for name in sorted(entries, key=dot_natural_key):
         target, pattern = rename_source_key(name, renamings, converters, prefix, state)
         if target not in state and name in state:
             target, pattern = rename_source_key(name, [], [], prefix, state)
         if target in state:
             converter = None if pattern is None else by_pattern[pattern]
-            group = groups.setdefault(target, Recipe(target, converter, state[target].dtype))
+            group = groups.setdefault(target, Recipe(target, converter, state[target].dtype, scaled))
             group.parts.append((name, pattern or name))
     found: dict[str, Recipe] = {}
     for group in groups.values():
@@ -186,7 +191,7 @@ class Store(Mapping[str, Tensor]):
     def __init__(self, model: PreTrainedModel, shards: Shards) -> None:
         from accelerate.hooks import attach_align_device_hook
 
-        self.skip_head = False
+        self.skip_head, self._hashed = False, True
         self._model, self._shards = model, shards
         self._recipes = _recipes(model, shards.entries)
         self._made: dict[str, Tensor] = {}  # what a conversion has made besides, until it is asked for
@@ -206,9 +211,9 @@ class Store(Mapping[str, Tensor]):
         self._read_slices_(model)
         self._read_routed_(model)
 
-    def begin(self, *, head: bool) -> None:
-        """A capture begins: nothing has been read yet; without `head` there are no logits."""
-        self.skip_head, self._digests = not head, {}
+    def begin(self, *, head: bool, hashed: bool = True) -> None:
+        """A forward begins, and nothing has been read yet: without `head` no logits, without `hashed` no digest."""
+        self.skip_head, self._hashed, self._digests = not head, hashed, {}
 
     @property
     def digest(self) -> str:
@@ -219,6 +224,13 @@ class Store(Mapping[str, Tensor]):
     def identity(self) -> str:
         """Another one where a file of the checkpoint was changed."""
         return self._shards.identity
+
+    def not_finite(self) -> str | None:
+        """The first of the tensors that were read that holds NaN or an infinity, and its file."""
+        for name in self._digests:
+            if name in self._shards.entries and not bool(self._shards.read(name).float().isfinite().all()):
+                return f"{name} in {self._shards.entries[name].file}"
+        return None
 
     def digests(self) -> dict[str, str]:
         """What was read so far, and its digests."""
@@ -258,7 +270,7 @@ class Store(Mapping[str, Tensor]):
         """A tensor of the checkpoint, or some of its rows, as stored."""
         stored = self._shards.read(part, rows)
         name = part if rows is None else f"{part}[{rows.start}:{rows.stop}]"
-        if name not in self._digests:
+        if self._hashed and name not in self._digests:
             if len(self._waiting) == _HASHED_LATER:  # they are hashed in order
                 self._waiting[0].result()
             self._digests[name] = self._pool.submit(tensor_digest, stored)
