@@ -23,6 +23,23 @@ def read_utf8(path: Path) -> str:
         raise IntactKVError(f"{path} cannot be read as UTF-8 text: {error}") from error
 
 
+def check_unicode(text: str, what: object) -> None:
+    """Raise `IntactKVError` for a text that no encoding holds: half of a surrogate pair, as broken escapes make it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        found = f"\\u{ord(text[error.start]):04x}"
+        raise IntactKVError(f"{what} holds {found}, half of a character; mend or remove it") from error
+
+
+def from_json(text: str | bytes) -> Any:
+    """As `json.loads`; a text that is nested deeper than Python goes is a `ValueError` too."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
 def read_lines(path: Path, *, needed: Sequence[str]) -> list[dict[str, Any]]:
     """Every row of a JSON Lines file.
 
@@ -33,8 +50,8 @@ def read_lines(path: Path, *, needed: Sequence[str]) -> list[dict[str, Any]]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
+            row = from_json(line)
+        except ValueError as error:
             raise IntactKVError(f"line {number} of {path} is no JSON ({error}); mend or remove it") from error
         if not isinstance(row, dict) or (missing := [name for name in needed if name not in row]):
             lacks = ", ".join(missing) if isinstance(row, dict) else "everything"

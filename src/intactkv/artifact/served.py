@@ -21,6 +21,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from intactkv.artifact.hub import FILE
 from intactkv.error import IntactKVError, first_line
 from intactkv.files import write_atomically
+from intactkv.lines import from_json
 
 if TYPE_CHECKING:
     from intactkv.artifact.data import IntactKV
@@ -125,14 +126,14 @@ def _is_beside(kv: IntactKV, folder: Path) -> bool:
 
 def _config(folder: Path) -> dict[str, Any]:
     try:
-        return dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+        return dict(from_json((folder / "config.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise IntactKVError(f"{folder} has no readable config.json ({error}); give a model's folder") from error
 
 
 def _recipe(folder: Path) -> dict[str, Any]:
     try:
-        said = json.loads((folder / RECIPE).read_text(encoding="utf-8"))
+        said = from_json((folder / RECIPE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return said if isinstance(said, dict) else {}

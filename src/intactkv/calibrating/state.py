@@ -14,6 +14,7 @@ from torch import Tensor
 
 from intactkv.error import IntactKVError
 from intactkv.files import write_atomically
+from intactkv.lines import from_json
 
 _VERSION = 1
 
@@ -76,7 +77,7 @@ def load_state_(state: State, path: Path, *, job: str) -> None:
     """
     try:
         with safe_open(path, framework="pt") as file:
-            header: Any = json.loads((file.metadata() or {})["calibration"])
+            header: Any = from_json((file.metadata() or {})["calibration"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         if header["version"] != _VERSION or header["job"] != job:
             raise IntactKVError(

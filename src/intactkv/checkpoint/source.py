@@ -17,6 +17,7 @@ from safetensors import safe_open
 from transformers import AutoConfig, PreTrainedConfig
 
 from intactkv.error import IntactKVError, first_line
+from intactkv.gguf_header import check_header
 
 
 def config_of(source: str | os.PathLike[str]) -> PreTrainedConfig | None:
@@ -130,6 +131,7 @@ def check_exists(source: str | os.PathLike[str]) -> None:
             raise IntactKVError(f"{text} is a file; a model is a folder, a name on the Hub, or one .gguf file")
         if find_spec("gguf") is None:
             raise IntactKVError(f"reading {text} needs gguf: pip install 'intactkv[gguf]'")
+        check_header(text)
         return
     looks_like_a_path = text.startswith((".", "~", os.sep)) or text.count("/") > 1 or isinstance(source, Path)
     here = Path(text).parent if Path(text).parent.is_dir() else Path()

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from intactkv.error import IntactKVError
-from intactkv.lines import read_lines, write_lines
+from intactkv.lines import from_json, read_lines, write_lines
 from intactkv.mtbench.questions import Question
 from intactkv.provenance import write_json
 
@@ -109,7 +109,7 @@ def _digest(question: Question) -> str:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = from_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise IntactKVError(
             f"{path}, which says how the answers beside it were made, cannot be read ({error}); name another folder"
