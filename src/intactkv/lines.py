@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from intactkv.error import IntactKVError
-from intactkv.files import json_data, write_atomically
+from intactkv.files import json_data, write_atomically, writing
 
 
 def read_utf8(path: Path) -> str:
@@ -20,7 +20,7 @@ def read_utf8(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise IntactKVError(f"{path} cannot be read as UTF-8 text: {error}") from error
+        raise IntactKVError(f"{path} cannot be read as UTF-8 text ({error}); give a file that is one") from error
 
 
 def check_unicode(text: str, what: object) -> None:
@@ -63,5 +63,6 @@ def read_lines(path: Path, *, needed: Sequence[str]) -> list[dict[str, Any]]:
 def write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Write rows as JSON Lines: after a crash a reader finds the old file or the new one."""
     text = "".join(json.dumps(json_data(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, text.encode("utf-8", "backslashreplace"))

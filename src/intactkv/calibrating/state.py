@@ -61,13 +61,7 @@ def save_state(state: State, path: Path, *, job: str) -> None:
         {name: t.cpu().contiguous().clone() for name, t in tensors.items()},
         metadata={"calibration": json.dumps(header)},
     )
-    try:
-        write_atomically(path, content)
-    except OSError as error:
-        raise IntactKVError(
-            f"the checkpoint of step {state.step} cannot be written to {path} ({error.strerror or error}); the last "
-            "one written is kept: make room and run the same command again"
-        ) from error
+    write_atomically(path, content)
 
 
 def load_state_(state: State, path: Path, *, job: str) -> None:

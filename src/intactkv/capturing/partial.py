@@ -20,6 +20,7 @@ from transformers import Cache, PreTrainedModel
 from intactkv.artifact.digest import digests, joined
 from intactkv.checkpoint.stream import Store
 from intactkv.decoder import blocks
+from intactkv.error import IntactKVError
 from intactkv.files import write_atomically
 
 log = logging.getLogger(__name__)
@@ -128,9 +129,9 @@ class Partial:
             said["digest"] = joined(said, digests(kept))
             try:
                 write_atomically(self._path, save(kept, said))
-            except OSError as error:
+            except IntactKVError as error:
                 if not self._told:
-                    log.warning("%s cannot be written (%s): a capture that ends begins again", self._path, error)
+                    log.warning("a capture that is killed begins again: %s", error)
                 self._told = True
 
         self._store.later(write)

@@ -201,7 +201,10 @@ def device_named(name: str) -> torch.device:
             return torch.device("cpu")
         return torch.device(accelerator.type, torch.accelerator.current_device_index())
     try:
-        return torch.device(name)
+        found = torch.device(name)
+        if found.type == "meta":
+            raise RuntimeError("it holds no numbers")
+        return found
     except RuntimeError as error:
         raise IntactKVError(
             f"a model cannot be put on --device {name} ({first_line(error)}); use auto, cpu or cuda"

@@ -124,6 +124,8 @@ def weight_files(source: str | os.PathLike[str]) -> Iterator[Any]:
 def check_exists(source: str | os.PathLike[str]) -> None:
     """Tell a mistyped name at once: transformers asks the network for it, again and again, and then says little."""
     text = os.fspath(source)
+    if not text:
+        raise IntactKVError("the model's name is empty; give a folder or a name on the Hub")
     if Path(text).is_dir():
         return
     if Path(text).is_file():

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from intactkv.artifact.digest import digests, joined
 from intactkv.error import IntactKVError
-from intactkv.files import write_atomically
+from intactkv.files import write_atomically, writing
 
 _VERSION = 2
 
@@ -33,14 +33,9 @@ def write_record(folder: Path, about: Mapping[str, Any], tensors: Mapping[str, T
     kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     header = {"version": _VERSION, **about}
     header["digest"] = joined(header, digests(kept))
-    try:
+    with writing(path):
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, save(kept, metadata={"intactkv": json.dumps(header)}))
-    except OSError as error:
-        raise IntactKVError(
-            f"{path} cannot be written ({error.strerror or error}); what was written before is kept: make room and "
-            "run the same command again"
-        ) from error
+    write_atomically(path, save(kept, metadata={"intactkv": json.dumps(header)}))
     return path
 
 
