@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
-import mtbench
 import pytest
-from gguf_model import write_gguf
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from models import build, by_name, rounded
 from test_cli import intactkv
-
-from intactkv import capture
-from intactkv.checkpoint.load import load_tokenizer
-from intactkv.demo import MODEL, TEXT
+from world import write_world
 
 pytest.importorskip("gguf")
 pytest.importorskip("lm_eval")
@@ -100,21 +93,7 @@ VERBS = [
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a tiny model, its rounded form, an artifact and files of every kind."""
-    folder = tmp_path_factory.mktemp("world")
-    tokenizer = load_tokenizer(MODEL)
-    full = build(by_name("llama-gqa"), vocab_size=len(tokenizer), head_dim=16, bos_token_id=tokenizer.bos_token_id)
-    for name, model in (("model", full), ("w3", rounded(full))):
-        model.save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
-    capture(full, [tokenizer.bos_token_id], tokenizer=tokenizer).save(folder / "kv")
-    write_gguf(full, folder / "model.gguf", vocabulary=False)
-    (folder / "folder").mkdir()
-    (folder / "empty").touch()
-    (folder / "noise").write_bytes(bytes(range(256)) * 4)
-    (folder / "text").write_text(TEXT.read_text(encoding="utf-8")[:6000], encoding="utf-8")
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in mtbench.QUESTIONS[:2]))
-    return folder
+    return write_world(tmp_path_factory.mktemp("world"))
 
 
 def files(folder: Path) -> dict[str, tuple[int, int]]:
@@ -124,7 +103,7 @@ def files(folder: Path) -> dict[str, tuple[int, int]]:
 
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("verb", VERBS, ids=lambda verb: "-".join(verb.words[: 1 + (verb.words[0] == "mtbench")]))
-@settings(deadline=None, max_examples=12, suppress_health_check=list(HealthCheck))
+@settings(deadline=None, max_examples=8, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_whatever_is_typed(verb: Verb, data: st.DataObject, world: Path, tmp_path_factory: pytest.TempPathFactory,
                            ) -> None:  # fmt: skip

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+from safetensors import SafetensorError
+
 from intactkv.error import IntactKVError
 
 
@@ -47,9 +49,10 @@ def writing(path: Path) -> Iterator[None]:
     """What the disk refuses to take for `path`, which is left as it was, is one sentence: an `IntactKVError`."""
     try:
         yield
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
+        why = getattr(error, "strerror", None) or error
         raise IntactKVError(
-            f"{path} cannot be written ({error.strerror or error}); what was there before is kept: make room, or name "
+            f"{path} cannot be written ({why}); what was there before is kept: make room, or name "
             "another place, and run the same command again"
         ) from error
 
