@@ -56,7 +56,7 @@ class Spool:
             with safe_open(self.folder / f"{sample.digest}.safetensors", framework="pt") as file:
                 layers = tuple(file.get_tensor("blocks").unbind()) if blocks else ()
                 return Outputs(layers, file.get_tensor("logits") if logits else None)
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, RuntimeError) as error:
             raise IntactKVError(
                 f"{self.folder} does not hold what this sample needs ({error}); spool the same data for the same "
                 "objective again"
@@ -187,7 +187,7 @@ def _write(live: Live, sample: Sample, folder: Path, *, blocks: bool, logits: bo
         try:
             with safe_open(path, framework="pt") as file:
                 held = set(file.keys())
-        except (SafetensorError, OSError):  # computed again
+        except (SafetensorError, OSError, RuntimeError):  # computed again
             held = set()
         blocks, logits = blocks or "blocks" in held, logits or "logits" in held
         if held == {name for name, wanted in (("blocks", blocks), ("logits", logits)) if wanted}:

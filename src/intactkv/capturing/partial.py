@@ -46,7 +46,7 @@ class Partial:
         self._output: list[Tensor | None] | Tensor = []
         try:
             self._load()
-        except (OSError, SafetensorError, ValueError, KeyError):
+        except (OSError, SafetensorError, RuntimeError, ValueError, KeyError):
             self.done = 0
         if self.done:
             log.info("going on behind block %d, from %s", self.done, self._path)

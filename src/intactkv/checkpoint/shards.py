@@ -71,7 +71,7 @@ class Folder:
             with safe_open(self._folder / file, framework="pt") as opened:
                 slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (no mapping)
                 return [(name, each.get_dtype(), each.get_shape()) for name, each in slices.items()]
-        except (OSError, SafetensorError) as error:
+        except (OSError, SafetensorError, RuntimeError) as error:
             raise IntactKVError(f"{self._folder / file} is not readable ({first_line(error)}); get it again") from error
 
     def read(self, name: str, rows: slice | None = None) -> Tensor:
@@ -81,7 +81,7 @@ class Folder:
             with safe_open(path, framework="pt") as file:
                 tensor: Tensor = file.get_tensor(name) if rows is None else file.get_slice(name)[rows]
                 return tensor
-        except (OSError, SafetensorError) as error:
+        except (OSError, SafetensorError, RuntimeError) as error:
             raise IntactKVError(f"{path} does not give {name} ({first_line(error)}); get it again") from error
 
 

@@ -65,7 +65,7 @@ def _opened(folder: Path, about: Mapping[str, Any], *, tensors: bool) -> dict[st
             found = {name: file.get_tensor(name) for name in file.keys()} if tensors else {}  # noqa: SIM118 (not a dict)
         claimed = {name: value for name, value in header.items() if name != "digest"}
         whole = not tensors or joined(header, digests(found)) == header["digest"]
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (SafetensorError, OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise IntactKVError(f"{path} is truncated or no record of ours ({error}); remove it") from error
     if claimed != {"version": _VERSION, **about}:
         raise IntactKVError(f"{path} holds something else than its name says; remove it")
