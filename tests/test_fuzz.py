@@ -18,15 +18,22 @@ from models import PREFIX, build, by_name
 from safetensors.torch import save_file
 
 from intactkv import IntactKV, IntactKVError, capture
+from intactkv.artifact import served
+from intactkv.attaching.plain import sentence
 from intactkv.calibrating import conversation_samples, text_samples
+from intactkv.calibrating.state import State, load_state_, save_state
 from intactkv.capturing.partial import Partial
 from intactkv.checkpoint import stream
 from intactkv.checkpoint.load import load_model, load_tokenizer
 from intactkv.checkpoint.shards import INDEX, Folder, weight_map
 from intactkv.checkpoint.stream import load_streamed, streamed
 from intactkv.demo import MODEL
+from intactkv.harness.compare import compare
+from intactkv.harness.compare import rows as rows_of_comparison
 from intactkv.harness.tasks import write_tasks
-from intactkv.mtbench.questions import read_questions
+from intactkv.mtbench.files import answers_of
+from intactkv.mtbench.questions import Question, read_questions
+from intactkv.mtbench.scores import read_grades
 from intactkv.serving.gguf import check_gguf, opened
 from intactkv.serving.llama_cpp import SavedState, is_state, state
 from intactkv.texts import read_text
@@ -322,3 +329,86 @@ def test_a_folder_of_any_files_is_tasks_or_none(found: dict[str, bytes], tmp_pat
     else:
         assert len(set(names)) == len(names)
         assert {path.stem for path in out.glob("*.yaml")} == set(names)
+
+
+# ------------------------------------------------------------------------------------------- what we write ourselves
+
+
+recipes = st.fixed_dictionaries(
+    {}, optional={
+        "prefix": json_values, "architectures": json_values, "quantization_config": json_values,
+        "prefix_aware": json_values
+        | st.builds(lambda a, b: {"perplexity": {"with_kv": a, "without_kv": b}}, json_values, json_values),
+    },
+)  # fmt: skip
+
+
+@settings(fuzz, max_examples=100)
+@given(recipe=recipes | json_values, config=recipes | json_values)
+def test_what_a_folder_says_of_its_prefix(gguf: tuple[bytes, IntactKV], recipe: Any, config: Any,
+                                          tmp_path: Path) -> None:  # fmt: skip
+    save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
+    for name, content in (("intactkv.json", recipe), ("config.json", config)):
+        (tmp_path / name).write_text(json.dumps(content))
+    kv = gguf[1]
+    about = or_refused(lambda: served.made_for_prefix(tmp_path))
+    if about is not None:
+        assert or_refused(lambda: sentence(about, "folder"))
+    or_refused(lambda: served.served_architectures(tmp_path))
+    or_refused(lambda: served.refuse_unchecked(kv, tmp_path, "folder"))
+
+
+@fuzz
+@given(data=st.data())
+def test_a_calibrations_state_of_any_bytes(data: st.DataObject, tmp_path: Path) -> None:
+    """As it was, or refused; a byte of a moment that is another goes unseen, and so only what is read is looked at."""
+    tensors = {"layers.0.key": torch.ones(1, 2, 3, requires_grad=True)}
+    state = State(
+        tensors, torch.optim.AdamW(tensors.values()), {name: t.detach().clone() for name, t in tensors.items()}
+    )
+    tensors["layers.0.key"].sum().backward()
+    state.optimizer.step()
+    state.readings, state.losses, state.step = [(0, 0.5)], [0.25], 1
+    save_state(state, tmp_path / "state", job="this")
+    good = (tmp_path / "state").read_bytes()
+    (tmp_path / "state").write_bytes(data.draw(edits(good)))
+    if or_refused(lambda: load_state_(state, tmp_path / "state", job="this") or True):
+        assert state.step >= 0
+        assert state.readings
+
+
+@settings(fuzz, max_examples=150)
+@given(body=json_values | rows | st.fixed_dictionaries({"prompt": json_values}, optional={"n": json_values}),
+       junk=st.none() | st.binary(max_size=20) | st.just(b"[" * 100_000))  # fmt: skip
+def test_a_request_of_any_bytes(body: Any, junk: bytes | None) -> None:
+    pytest.importorskip("aiohttp")
+    from intactkv.serving.llama_proxy import check_body
+    from intactkv.serving.llama_server import Refusal
+
+    try:
+        found = check_body(json.dumps(body).encode() if junk is None else junk)
+    except Refusal as refusal:
+        found = {"said": str(refusal)}
+    assert found or body == {}
+
+
+logged = st.fixed_dictionaries(
+    {
+        "question_id": st.integers(1, 3) | json_values, "doc_id": st.integers(0, 2) | json_values,
+        "model": st.just("m") | json_values, "turn": st.integers(1, 2) | json_values, "score": st.just(5) | json_values,
+        "choices": json_values | st.just([{"turns": ["a"]}]), "metrics": st.just(["acc"]) | json_values,
+        "acc": st.just(1.0) | json_values, "word_perplexity": json_values,
+    },
+    optional={"filter": json_values, "doc_hash": json_values},
+)  # fmt: skip
+
+
+@settings(fuzz, max_examples=150)
+@given(found=st.lists(logged | json_values, max_size=3))
+def test_answers_grades_and_logs_of_any_rows(found: list[Any], tmp_path: Path) -> None:
+    path = tmp_path / "samples_a_1.jsonl"
+    path.write_text("\n".join(map(json.dumps, found)))
+    asked = [Question(i, "math", ("x",), 0.0) for i in (1, 2)]
+    or_refused(lambda: answers_of(path))
+    or_refused(lambda: read_grades(path, asked))
+    or_refused(lambda: rows_of_comparison(compare(path, path, path, resamples=10)))

@@ -40,10 +40,11 @@ def from_json(text: str | bytes) -> Any:
         raise ValueError("it is nested too deeply") from error
 
 
-def read_lines(path: Path, *, needed: Sequence[str]) -> list[dict[str, Any]]:
-    """Every row of a JSON Lines file.
+def read_lines(path: Path, *, needed: Sequence[str], keys: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """Every row of a JSON Lines file; `keys` are the needed fields that rows are told apart by.
 
-    Raises `IntactKVError` for a file that cannot be read, and for a line that is no JSON object or lacks a field.
+    Raises `IntactKVError` for a file that cannot be read, and for a line that is no JSON object, lacks a field or has
+    a key that is neither a text nor a number.
     """
     rows = []
     for number, line in enumerate(read_utf8(path).split("\n"), start=1):
@@ -56,6 +57,9 @@ def read_lines(path: Path, *, needed: Sequence[str]) -> list[dict[str, Any]]:
         if not isinstance(row, dict) or (missing := [name for name in needed if name not in row]):
             lacks = ", ".join(missing) if isinstance(row, dict) else "everything"
             raise IntactKVError(f"line {number} of {path} lacks {lacks}; every line must have {', '.join(needed)}")
+        for name in keys:
+            if not isinstance(row[name], str | int | float):
+                raise IntactKVError(f"line {number} of {path} has {name}={row[name]!a}; give a text or a number")
         rows.append(row)
     return rows
 

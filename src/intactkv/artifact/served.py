@@ -88,6 +88,8 @@ def mark_needing(folder: Path) -> None:
 def served_architectures(folder: Path) -> list[str] | None:
     """The architectures by which an engine serves a checkpoint that `mark_needing` marked; None for any other."""
     names = _config(folder).get("architectures") or []
+    if not isinstance(names, list):
+        raise IntactKVError(f"{folder}/config.json has architectures={names!a}; it must be a list of names")
     plain = [str(name).removesuffix(NEEDS) for name in names]
     return plain if plain != names else None
 
@@ -100,7 +102,7 @@ def refuse_unchecked(kv: IntactKV, folder: Path, name: str) -> None:
     """
     recipe = _recipe(folder)
     if recipe.get("prefix") is not None:
-        if list(recipe["prefix"]) != kv.ids.tolist():
+        if recipe["prefix"] != kv.ids.tolist():
             raise IntactKVError(
                 f"{name} was quantized with the intact KV of the tokens {recipe['prefix']} beside it, and the artifact "
                 f"is of {kv.ids.tolist()}; serve {FILE} in its folder"

@@ -39,7 +39,9 @@ class AnswerFile:
         Raises `IntactKVError` where they were made in another way or to other questions.
         """
         about, texts = self.path.with_suffix(".json"), {str(q.id): _digest(q) for q in questions}
-        rows = read_lines(self.path, needed=("question_id", "choices")) if self.path.exists() else []
+        rows = []
+        if self.path.exists():
+            rows = read_lines(self.path, needed=("question_id", "choices"), keys=("question_id",))
         if rows:
             made = _read_json(about)
             differs = [name for name, value in self.how.items() if made.get("how", {}).get(name) != value]
@@ -87,7 +89,7 @@ def read_answers(folder: Path) -> dict[str, dict[int | str, list[str]]]:
 def answers_of(path: Path) -> dict[int | str, list[str]]:
     """One file's answers (or reference answers) by question."""
     found = {}
-    for row in read_lines(path, needed=("question_id", "choices")):
+    for row in read_lines(path, needed=("question_id", "choices"), keys=("question_id",)):
         try:
             turns = row["choices"][0]["turns"]
         except (LookupError, TypeError):
