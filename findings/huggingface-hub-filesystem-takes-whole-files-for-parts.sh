@@ -37,6 +37,8 @@ class Mirror(BaseHTTPRequestHandler):
     def do_GET(self):
         if "/resolve/" in self.path:
             self.send(CONTENT)
+        elif "/tree/" in self.path:
+            self.send(json.dumps([{"type": "file", "path": "data.bin", "size": len(CONTENT), "oid": COMMIT}]).encode())
         else:
             self.send(json.dumps({"id": "a/b", "sha": COMMIT, "siblings": [{"rfilename": "data.bin"}]}).encode())
 
