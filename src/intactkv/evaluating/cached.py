@@ -175,7 +175,7 @@ class _Run:
                 self.count(batch)
         return column
 
-    def measure_full(self, columns: dict[str, _Column], skips: dict[str, int], needed: list[int]) -> None:
+    def measure_full(self, columns: dict[str, _Column], skips: dict[str, int], needed: Sequence[int]) -> None:
         """Complete the store and the full model's own figures at the batches `needed`, without `skips` tokens too."""
         wanted = [(name, skip, i) for name, skip in skips.items() for i in needed]
         asked = [self.batches[i].ids[:, skip:] for _, skip, i in wanted]
