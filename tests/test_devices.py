@@ -16,15 +16,13 @@ import torch
 from models import PREFIX, build, by_name, padded, prompts, rounded
 from planted import BOS, damaged, planted
 from test_calibrate import BOTH, QUICK, seen
-from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from intactkv import IntactKV, IntactKVError, attach, capture
 from intactkv.artifact.digest import weights_digest
-from intactkv.attaching.locate import Sites
-from intactkv.attaching.substitute import IntactTensors, Substitution
+from intactkv.attaching.substitute import IntactTensors
 from intactkv.basis.compare import basis
 from intactkv.calibrating import calibrate
 from intactkv.doctor import examine, rounded_model
@@ -167,19 +165,13 @@ def test_a_decoding_step_costs_nothing_more(tmp_path: Path) -> None:
         assert step() == plain
 
 
-@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
-def test_each_layers_tensors_are_on_that_layers_card() -> None:
-    """Fake tensors refuse to compute across devices, so that a single one on the wrong card would raise."""
-    kv = capture(build(by_name("llama-gqa")), PREFIX)
-    intact, count = IntactTensors(kv), len(PREFIX)
-    row = torch.zeros(count, dtype=torch.int64)
+def test_each_layers_tensors_are_on_that_layers_card_and_moved_there_once() -> None:
+    intact = IntactTensors(capture(build(by_name("llama-gqa")), PREFIX))
     with FakeTensorMode(allow_non_fake_inputs=True):
-        for whole in (count, 0):
-            call = Substitution(intact, Sites(row, torch.arange(count), torch.arange(count), whole), 0, 9, 0)
-            for layer in kv.layers:
-                card = torch.device("cuda", layer % 2)
-                with torch.no_grad():
-                    given: list[Tensor] = [torch.empty(1, 2, 9, 16, device=card) for _ in range(2)]
-                    assert {x.device for x in call.write(*given, layer)} == {card}
-        logits = torch.empty(1, 9, 97, device="cuda:1")
-        assert call.logits(logits).device == logits.device
+        for layer in intact.kv.layers:
+            card = torch.device("cuda", layer % 2)
+            given = torch.empty(1, 2, 9, 16, dtype=torch.bfloat16, device=card)
+            key, value = intact.like(layer, given, given)
+            assert {(x.device, x.dtype) for x in (key, value)} == {(card, torch.bfloat16)}
+            assert intact.like(layer, given, given)[0] is key
+        assert intact.ids(card).device == intact.logits(card, torch.bfloat16).device == card
