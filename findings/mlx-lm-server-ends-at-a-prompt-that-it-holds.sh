@@ -5,7 +5,7 @@
 # Seen (mlx-lm 0.32.2, mlx 0.32.4, Linux, CPU): LRUPromptCache.fetch_nearest_cache gives the whole cache and no token to
 # compute, BatchGenerator.insert_segments raises "Sequence 1 has an empty prompt.", and the thread that generates dies.
 # The connection is closed without an answer, /health says 503, and every later request gets "generation thread died".
-# A completion that goes on from an answer's text is such a prompt.
+# A completion that goes on from an answer's text is such a prompt. Known of 0.31.3: ml-explore/mlx-lm#1215.
 # Remedy: `intactkv serve`, whose prompt cache always leaves a token to compute.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)

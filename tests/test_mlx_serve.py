@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import random
+import re
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +21,7 @@ pytest.importorskip("mlx_lm")
 pytest.importorskip("openai")
 
 import mlx.core as mx
+import mlx_lm.server
 import numpy as np
 import openai
 import torch
@@ -32,7 +35,7 @@ from intactkv.checkpoint.load import load_model, load_tokenizer
 from intactkv.demo import MODEL, TEXT
 from intactkv.serving.layout import common_prefix
 from intactkv.serving.mlx import rows_for
-from intactkv.serving.mlx_server import PromptCache, options
+from intactkv.serving.mlx_server import Generator, PromptCache, options
 
 HEAD = "The Danube is the second longest river in Europe after the Volga."
 
@@ -164,8 +167,6 @@ def test_requests_that_cannot_be_right(pair: Pair) -> None:
 
 def test_what_serve_refuses_before_it_starts(pair: Pair, tmp_path: Path) -> None:
     """Options that would round or replace the rows, unknown ones, another model's artifact, a taken port."""
-    from dataclasses import replace
-
     torch.manual_seed(0)
     foreign = {i: (torch.randn_like(k), torch.randn_like(v)) for i, (k, v) in pair.kv.layers.items()}
     other = replace(pair.kv, layers=foreign).save(tmp_path / "other.intactkv")
@@ -222,10 +223,6 @@ def test_the_cache_forgets_no_intact_row(pair: Pair) -> None:
 
 def test_an_answer_without_its_rows_is_none(pair: Pair) -> None:
     """Of an mlx-lm that goes past the cache."""
-    from types import SimpleNamespace
-
-    from intactkv.serving.mlx_server import Generator
-
     generator = object.__new__(Generator)
     generator._due = PromptCache(pair.kv.ids.tolist(), 10).due
     context = SimpleNamespace(prompt=[*pair.kv.ids.tolist(), 9], prompt_cache_count=3)
@@ -235,12 +232,16 @@ def test_an_answer_without_its_rows_is_none(pair: Pair) -> None:
     assert list(generator._seen(context, iter(["token"]))) == ["token"]
 
 
-def test_options_are_mlx_lms_own(pair: Pair) -> None:
+def test_a_prompt_without_a_token_is_refused() -> None:
+    """mlx-lm itself would end at it, of a tokenizer that puts no [BOS] there."""
+    generator = object.__new__(Generator)
+    generator.model_provider = SimpleNamespace(tokenizer=SimpleNamespace(encode=lambda text: []))
+    with pytest.raises(IntactKVError, match="the prompt has no tokens; send a text"):
+        generator.generate(SimpleNamespace(request_type="text", prompt=""), None)
+
+
+def test_options_are_mlx_lms_own() -> None:
     """Each that mlx-lm reads is there, with its default."""
-    import re
-
-    import mlx_lm.server
-
     given = options("m", ["--temp", "0.5"])
     assert (given.model, given.temp, given.max_tokens, given.chat_template_args) == ("m", 0.5, 512, {})
     read = set(re.findall(r"cli_args\.(\w+)", Path(mlx_lm.server.__file__).read_text(encoding="utf-8")))

@@ -58,7 +58,7 @@ class PromptCache(LRUPromptCache):
 
     def due(self, tokens: Sequence[int]) -> int:
         """How many intact rows a prompt stands on; its last token is computed."""
-        return min(common_prefix(tokens, self.ids), len(tokens) - 1)
+        return min(common_prefix(tokens, self.ids), max(0, len(tokens) - 1))
 
     def fetch_nearest_cache(self, model: Any, tokens: list[int]) -> tuple[list[Any] | None, list[int]]:
         """What is held of a prompt, at least its intact rows, and the tokens that are left to compute, at least one."""
@@ -135,7 +135,12 @@ class Generator(ResponseGenerator):
         super().__init__(provider, cache)
 
     def generate(self, request: Any, generation_args: Any, progress_callback: Any = None) -> tuple[Any, Iterator[Any]]:
-        """mlx-lm's own, whose tokens wait until it says what came from the cache."""
+        """mlx-lm's own, whose tokens wait until it says what came from the cache. Raises `IntactKVError` for no prompt.
+
+        Of one without a token the thread that generates would die.
+        """
+        if request.request_type == "text" and not request.prompt and not self.model_provider.tokenizer.encode(""):
+            raise IntactKVError("the prompt has no tokens; send a text")
         context, answers = super().generate(request, generation_args, progress_callback)
         return context, self._seen(context, answers)
 
