@@ -135,7 +135,7 @@ class Generator(ResponseGenerator):
         super().__init__(provider, cache)
 
     def generate(self, request: Any, generation_args: Any, progress_callback: Any = None) -> tuple[Any, Iterator[Any]]:
-        """mlx-lm's own, whose tokens wait until it says what came from the cache. Raises `IntactKVError` for no prompt."""
+        """mlx-lm's own, whose tokens wait until it says what came from the cache; `IntactKVError` for no prompt."""
         if request.request_type == "text" and not request.prompt and not self.model_provider.tokenizer.encode(""):
             raise IntactKVError("the prompt has no tokens; send a text")
         context, answers = super().generate(request, generation_args, progress_callback)
