@@ -34,11 +34,11 @@ from intactkv.calibrating.backward import effective_weight, frozen, straight_thr
 from intactkv.calibrating.board import board
 from intactkv.calibrating.judge import verdict_of
 from intactkv.calibrating.outputs import batched, outputs
-from intactkv.calibrating.processes import exchange_device, share
 from intactkv.calibrating.step import gradients_, order, step_, with_tensors
 from intactkv.calibrating.targets import Live
 from intactkv.calibrating.train import _start
 from intactkv.evaluating import TokenMetrics
+from intactkv.processes import exchange_device, share
 
 P = len(PREFIX)
 KL, BLOCKS, BOTH = Objective(blocks=0, kl=1), Objective(), Objective(blocks=1, kl=1)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from intactkv.artifact.digest import offloaded
 from intactkv.error import IntactKVError
 
 
@@ -28,6 +29,14 @@ def blocks(model: PreTrainedModel) -> list[nn.Module]:
 def input_device(model: PreTrainedModel) -> torch.device:
     """Where a model takes its ids: its own device, the CPU where its weights are on the disk."""
     return torch.device("cpu") if model.device.type == "meta" else model.device
+
+
+def held(module: nn.Module, name: str = "weight") -> Tensor:
+    """A module's weight wherever it lies: also where accelerate has offloaded it, or processes hold parts of it."""
+    tensor: Any = getattr(module, name).detach()
+    if tensor.device.type == "meta" and (stored := offloaded(module)) is not None:
+        tensor = stored[name]
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 @contextmanager
@@ -99,9 +108,9 @@ def key_bias(block: nn.Module) -> Float[Tensor, "dim"] | None:
     named: dict[str, Any] = {name.rpartition(".")[2]: module for name, module in block.named_modules()}
     for name in ("k_proj", "key"):
         if isinstance(getattr(named.get(name), "bias", None), Tensor):
-            return named[name].bias.detach()
+            return held(named[name], "bias")
     if isinstance(named.get("c_attn"), Conv1D):
-        return named["c_attn"].bias.detach().chunk(3)[1]
+        return held(named["c_attn"], "bias").chunk(3)[1]
     return None
 
 
@@ -110,9 +119,9 @@ def output_weight(attention: nn.Module) -> Float[Tensor, "joined hidden"] | None
     for name in ("o_proj", "out_proj", "dense", "c_proj"):
         module = getattr(attention, name, None)
         if isinstance(module, nn.Linear):
-            return module.weight.detach().T
+            return held(module).T
         if isinstance(module, Conv1D):
-            return module.weight.detach()
+            return held(module)
     return None
 
 

@@ -14,6 +14,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from intactkv.artifact import IntactKV
 from intactkv.attaching.handle import attach
+from intactkv.decoder import input_device
 from intactkv.lines import check_unicode
 from intactkv.positions import check_positions
 
@@ -51,7 +52,7 @@ def continuation(
     shown the tokens as they come.
     """
     check_positions(model.config, ids.shape[1] + max_new_tokens, "the prompt with what is generated")
-    ids = ids.to(model.device)
+    ids = ids.to(input_device(model))
     sampling: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
         sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}

@@ -32,18 +32,35 @@ def joined(header: Mapping[str, Any], parts: Mapping[str, str]) -> str:
 def weights_digest(model: nn.Module) -> str:
     """SHA-256 over the names and bytes of all parameters and buffers that a checkpoint of `model` holds.
 
-    Weights that are offloaded to the meta device cannot be read; the digest then says so instead.
+    What accelerate has offloaded is read where its hooks find it, a DTensor is gathered from its processes. The digest
+    says so instead where neither is possible.
     """
-    sha = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    sha, split = hashlib.sha256(), (getattr(model, "tp_size", None) or 1) > 1 and bool(model.tp_plan)
+    weights = sorted(model.state_dict().items())
+    if split and not any(hasattr(tensor, "full_tensor") for _, tensor in weights):
+        return "unknown: weights of one process"
+    for name, tensor in weights:
         if tensor.device.type == "meta":
-            return "unknown: offloaded weights"
+            owner, _, own = name.rpartition(".")
+            held = offloaded(model.get_submodule(owner))
+            if held is None:
+                return "unknown: offloaded weights"
+            tensor = held[own]
         add_tensor(sha, name, tensor)
     return sha.hexdigest()
 
 
+def offloaded(module: nn.Module) -> Any:
+    """Where accelerate's hook of a module finds the weights that it has offloaded; None where it has none."""
+    hook: Any = getattr(module, "_hf_hook", None)
+    hooks = getattr(hook, "hooks", [hook])
+    return next((found for each in hooks if (found := getattr(each, "weights_map", None)) is not None), None)
+
+
 def add_tensor(sha: Any, name: str, tensor: Tensor) -> None:
     """Hash a tensor on: its name, type, shape and bytes."""
+    if hasattr(tensor, "full_tensor"):  # a DTensor: its processes come by here together
+        tensor = tensor.full_tensor()
     inner = getattr(tensor, "__tensor_flatten__", None)
     if inner is not None:  # a tensor that wraps plain ones: torchao's
         for part in inner()[0]:

@@ -34,7 +34,9 @@ from intactkv.attaching.locate import Progress
 from intactkv.attaching.plan import Planner, is_paged
 from intactkv.attaching.substitute import IntactTensors, Substitution
 from intactkv.basis.compare import refuse_foreign
+from intactkv.decoder import input_device
 from intactkv.error import IntactKVError
+from intactkv.heads import heads_of
 
 log = logging.getLogger(__name__)
 _attached: weakref.WeakKeyDictionary[PreTrainedModel, Attachment] = weakref.WeakKeyDictionary()
@@ -47,7 +49,8 @@ def attach(model: PreTrainedModel, kv: IntactKV | str | os.PathLike[str], *, che
     through `model(...)` and `model.generate(...)`; calling `model.forward` or an inner module directly goes past the
     attachment. A row that shares only the first m prefix tokens gets m intact ones, a row that shares none is the
     plain model. One attachment per model; one `kv` may serve many models. Compile decoding steps, not the prefill.
-    `kv` may also be the folder, file or Hub repository that `IntactKV.from_pretrained` reads.
+    `kv` may also be the folder, file or Hub repository that `IntactKV.from_pretrained` reads. The processes of a
+    tensor-parallel model all attach the same `kv`, of which each takes its heads.
 
     `check` compares the model's own keys and values of the prefix with the intact ones first, in one forward of P
     tokens, and refuses those in another basis or of another model. Adapters (PEFT's) change less than that can tell: a
@@ -111,7 +114,7 @@ class Attachment:
     def __init__(self, model: PreTrainedModel, kv: IntactKV) -> None:
         signature = inspect.signature(model.forward)
         self.kv = kv
-        self._intact = IntactTensors(kv)
+        self._intact = IntactTensors(kv, heads_of(model))
         self._planner = Planner(self._intact, model.config, takes_positions="position_ids" in signature.parameters)
         self._owner = kv.digest
         self._running = threading.local()  # one forward at a time and thread
@@ -186,7 +189,7 @@ class Attachment:
         plan = self._planner.plan(arguments, past, progress, caches=caches)
         call = Substitution(self._intact, plan.sites, past, plan.length, arguments.get("logits_to_keep", 0))
         if plan.sites.whole:
-            call.prepare(model.device, model.dtype)
+            call.prepare(input_device(model), model.dtype)
         if plan.positions is not None:
             arguments["position_ids"] = plan.positions
         if caches:

@@ -22,7 +22,9 @@ from intactkv.attaching.coverage import uncovered_layers
 from intactkv.attaching.handle import is_attached
 from intactkv.attaching.locate import Progress
 from intactkv.basis.compare import refuse_foreign
+from intactkv.decoder import input_device
 from intactkv.error import IntactKVError
+from intactkv.heads import heads_of
 
 _PREPARE = "prepare_inputs_for_generation"
 _alike: weakref.WeakKeyDictionary[PreTrainedModel, set[str]] = weakref.WeakKeyDictionary()  # artifacts let in before
@@ -87,8 +89,10 @@ def prefix_cache(model: PreTrainedModel, kv: IntactKV, batch_size: int = 1, *, c
         known.add(kv.digest)
     cache = PrefixCache(config=model.config)
     cache.prefix = kv.ids
-    for i, (key, value) in kv.layers.items():
-        rows = [t.to(model.device, model.dtype).expand(batch_size, *t.shape) for t in (key, value)]
+    heads, device = heads_of(model), input_device(model)
+    for i, pair in kv.layers.items():
+        own = pair if heads is None else (heads.own(pair[0]), heads.own(pair[1]))
+        rows = [t.to(device, model.dtype).expand(batch_size, *t.shape) for t in own]
         cache.update(rows[0], rows[1], i)
     matched = torch.full((batch_size,), len(kv))
     cache.intactkv = Progress(owner=kv.digest, until=len(kv), done=True, matched=matched)

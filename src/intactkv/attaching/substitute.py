@@ -15,14 +15,18 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from intactkv.artifact import IntactKV
 from intactkv.attaching.locate import Progress, Sites
 from intactkv.error import IntactKVError
+from intactkv.heads import Heads
 from intactkv.packed.cache import PackedCache
 
 
 class IntactTensors:
-    """An artifact's keys and values on the devices and in the dtypes that a model's layers ask for, remembered."""
+    """An artifact's keys and values on the devices and in the dtypes that a model's layers ask for, remembered.
 
-    def __init__(self, kv: IntactKV) -> None:
-        self.kv = kv
+    `heads` are those that the process computes, None for all.
+    """
+
+    def __init__(self, kv: IntactKV, heads: Heads | None = None) -> None:
+        self.kv, self.heads = kv, heads
         self._placed: dict[Any, tuple[Tensor, Tensor]] = {}
         self._whole: dict[Any, tuple[Tensor, Tensor]] = {}
         self._stacked: dict[tuple[torch.device, torch.dtype], Tensor] = {}
@@ -53,7 +57,7 @@ class IntactTensors:
         if frozen and place in self._placed:
             return self._placed[place]
         stack = self._stacked.get(place[1:3]) if frozen and place[1:3] == place[3:] else None
-        own = self.kv.layers[layer] if stack is None else stack[layer]
+        own = self._own(layer) if stack is None else stack[layer]
         with torch.inference_mode(False):
             pair = (
                 own[0].transpose(0, 1).to(key.device, key.dtype),
@@ -85,9 +89,13 @@ class IntactTensors:
             return None
         if (device, dtype) not in self._stacked:
             with torch.inference_mode(False):
-                stack = torch.stack([torch.stack(self.kv.layers[i]) for i in range(len(self.kv.layers))])
+                stack = torch.stack([torch.stack(self._own(i)) for i in range(len(self.kv.layers))])
                 self._stacked[device, dtype] = stack.to(device, dtype)
         return self._stacked[device, dtype]
+
+    def _own(self, layer: int) -> tuple[Tensor, Tensor]:
+        key, value = self.kv.layers[layer]
+        return (key, value) if self.heads is None else (self.heads.own(key), self.heads.own(value))
 
     def _frozen(self, layer: int) -> bool:
         """Whether nothing is learned: what is changes and carries gradients, so that it is never remembered."""
@@ -317,7 +325,8 @@ def _check_shape(x: Tensor, intact: Tensor, layer: int) -> None:
     if (x.shape[1], x.shape[3]) != intact.shape[1:]:
         raise IntactKVError(
             f"layer {layer} has (head, dim) {(x.shape[1], x.shape[3])} in this call, the intact KV has "
-            f"{tuple(intact.shape[1:])}; tensor-parallel models are not supported, otherwise capture it again"
+            f"{tuple(intact.shape[1:])}; split the model over processes by transformers' own tp_size, if it is "
+            "split, otherwise capture it again"
         )
 
 

@@ -28,7 +28,7 @@ from intactkv.artifact.door import errors_by_layer, refuse_other_basis
 from intactkv.basis.relate import FLOOR, MIXED, REFUSE, Halves, Kind, nearest_rotation, relate, rescaled, slopes
 from intactkv.capturing.record import recorded
 from intactkv.checkpoint.stream import streamed
-from intactkv.decoder import forced_inputs, recorded_inputs
+from intactkv.decoder import forced_inputs, held, recorded_inputs
 from intactkv.error import IntactKVError
 
 
@@ -245,11 +245,10 @@ def embedding_change(full: PreTrainedModel, model: PreTrainedModel) -> float:
 def _embeddings(model: PreTrainedModel) -> Float[Tensor, "vocab hidden"]:
     """The first rows of the input embeddings: enough for a fit, and no more."""
     table: Any = model.get_input_embeddings()
-    weight = table.weight.detach()
-    rows = slice(0, 4 * weight.shape[1])
+    rows = slice(0, 4 * table.weight.shape[1])
     if (store := streamed(model)) is not None and (read := store.embeddings(rows)) is not None:
         return read.double()
-    return weight[rows].double().cpu()
+    return held(table)[rows].double().cpu()
 
 
 def _changed(a: Tensor, b: Tensor) -> float:

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from intactkv.decoder import input_device
+
 _ROWS = 512  # of the identity at a time
 
 
@@ -112,7 +114,7 @@ def _is_linear(module: nn.Module) -> bool:
 def passes_gradient(module: nn.Module, model: PreTrainedModel) -> bool:
     """Whether a gradient of the module's output reaches its input."""
     size: Any = module.in_features
-    x = (1 + torch.arange(size, device=model.device) % 3).to(model.dtype)[None].requires_grad_()
+    x = (1 + torch.arange(size, device=input_device(model)) % 3).to(model.dtype)[None].requires_grad_()
     try:
         with torch.enable_grad():
             (gradient,) = torch.autograd.grad(module(x).float().square().sum(), x, allow_unused=True)
@@ -125,7 +127,7 @@ def passes_gradient(module: nn.Module, model: PreTrainedModel) -> bool:
 def effective_weight(module: nn.Module, model: PreTrainedModel) -> Float[Tensor, "in out"]:
     """The matrix that the module's kernel multiplies by, read off the identity, in the model's dtype."""
     size: Any = module.in_features
-    like: dict[str, Any] = {"device": model.device, "dtype": model.dtype}
+    like: dict[str, Any] = {"device": input_device(model), "dtype": model.dtype}
     bias = module(torch.zeros(1, size, **like))
     rows = []
     for start in range(0, size, _ROWS):

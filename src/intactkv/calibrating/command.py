@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from transformers import PreTrainedModel
 
@@ -16,13 +14,13 @@ from intactkv.artifact import IntactKV
 from intactkv.calibrating.board import board
 from intactkv.calibrating.conversations import conversation_samples
 from intactkv.calibrating.objective import Objective
-from intactkv.calibrating.processes import is_main, wait
 from intactkv.calibrating.samples import Split, split, text_samples
 from intactkv.calibrating.spool import Spool, spool, spool_bytes
 from intactkv.calibrating.step import CalibrationConfig
 from intactkv.calibrating.train import Report, calibrate
 from intactkv.checkpoint.load import load_model_on, load_tokenizer
 from intactkv.error import IntactKVError
+from intactkv.processes import is_main, join, wait
 from intactkv.screen import Screen, working
 
 OBJECTIVES = {"blocks": Objective(1, 0), "kl": Objective(0, 1), "both": Objective(1, 1)}
@@ -58,7 +56,7 @@ def run(
     model: str, full: str, kv: IntactKV, *, data: Data, config: CalibrationConfig, places: Places, console: Console
 ) -> IntactKV:
     """Calibrate `kv` for `model` from the command line's arguments."""
-    device = _process() or places.device
+    device = join() or places.device
     console = console if is_main() else Screen(quiet=True)
     curves: Any = board(places.tensorboard) if places.tensorboard is not None and is_main() else nullcontext()
     parts = _samples(data, full, kv, console)
@@ -102,17 +100,6 @@ def sentences(about: dict[str, Any]) -> list[str]:
     if not about["adopted"]:
         said.append("Calibration does not lower the KL beyond its 95 % interval: the uncalibrated KV is kept.")
     return said
-
-
-def _process() -> str | None:
-    """With several processes, as `accelerate launch` starts them, join their group; this one's device there."""
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
-        return None
-    try:
-        from accelerate import PartialState
-    except ImportError as error:
-        raise IntactKVError("several processes need accelerate: pip install 'intactkv[distributed]'") from error
-    return str(PartialState(cpu=not torch.accelerator.is_available()).device)
 
 
 def _samples(data: Data, full: str, kv: IntactKV, console: Console) -> Split:

@@ -13,7 +13,6 @@ from transformers import PreTrainedModel
 from intactkv.artifact import IntactKV
 from intactkv.attaching.handle import attach
 from intactkv.calibrating.outputs import batched, outputs
-from intactkv.calibrating.processes import share, sum_
 from intactkv.calibrating.samples import Samples
 from intactkv.calibrating.targets import Targets
 from intactkv.error import IntactKVError
@@ -25,6 +24,7 @@ from intactkv.evaluating.metrics import (
     paired_bootstrap,
     token_metrics,
 )
+from intactkv.processes import share, sum_
 
 
 @torch.no_grad()

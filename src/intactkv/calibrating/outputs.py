@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from intactkv.calibrating.samples import Sample
-from intactkv.decoder import recorded_outputs
+from intactkv.decoder import input_device, recorded_outputs
 from intactkv.error import IntactKVError
 
 
@@ -62,16 +62,17 @@ def outputs(model: PreTrainedModel, batch: Batch, *, blocks: bool, logits: bool)
 
     Raises `IntactKVError` for a model whose blocks give no `(batch, token, hidden)`.
     """
-    arguments = {} if bool(batch.real.all()) else {"attention_mask": batch.real.long().to(model.device)}
+    device = input_device(model)
+    arguments = {} if bool(batch.real.all()) else {"attention_mask": batch.real.long().to(device)}
     columns = batch.predicting.any(dim=0).nonzero()[:, 0]
     if not logits or len(columns) == 0:
         columns = torch.tensor([batch.ids.shape[1] - 1])
     keeps = "logits_to_keep" in inspect.signature(model.forward).parameters  # the head is dear: only what is needed
     if keeps:
-        arguments["logits_to_keep"] = columns.to(model.device)
+        arguments["logits_to_keep"] = columns.to(device)
     recording: Any = recorded_outputs(model) if blocks else nullcontext({})
     with recording as recorded:
-        given = model(input_ids=batch.ids.to(model.device), use_cache=False, **arguments).logits
+        given = model(input_ids=batch.ids.to(device), use_cache=False, **arguments).logits
     picked = None
     if logits:
         given = given if keeps else given[:, columns.to(given.device)]

@@ -19,11 +19,11 @@ from intactkv.attaching.handle import attach
 from intactkv.calibrating.backward import checkpointing
 from intactkv.calibrating.objective import Objective
 from intactkv.calibrating.outputs import batched, outputs
-from intactkv.calibrating.processes import grouped, share, sum_
 from intactkv.calibrating.samples import Sample
 from intactkv.calibrating.state import State
 from intactkv.calibrating.targets import Targets
 from intactkv.error import IntactKVError
+from intactkv.processes import grouped, share, sum_
 
 
 @dataclass(frozen=True)

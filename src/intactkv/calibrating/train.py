@@ -28,15 +28,17 @@ from intactkv.calibrating.activations import activations_fit
 from intactkv.calibrating.backward import backend_name, checkpointing, frozen, straight_through
 from intactkv.calibrating.judge import held_out_metrics, verdict_of
 from intactkv.calibrating.outputs import batched, outputs
-from intactkv.calibrating.processes import grouped, is_main, wait
 from intactkv.calibrating.samples import Split
 from intactkv.calibrating.spool import Kept, Spool
 from intactkv.calibrating.state import State, load_state_, save_state
 from intactkv.calibrating.step import CalibrationConfig, backward_, order, step_, with_tensors
 from intactkv.calibrating.targets import Live, Targets
+from intactkv.decoder import input_device
 from intactkv.error import IntactKVError
 from intactkv.files import json_data
+from intactkv.heads import heads_of
 from intactkv.positions import check_positions
+from intactkv.processes import grouped, is_main, wait
 
 _SAVE_SECONDS = 30.0
 _SAME = 0.02  # of the logits' spread; rounding to bfloat16 stays below, dropout of 0.1 is far above
@@ -78,6 +80,12 @@ def calibrate(
     """
     config = config or CalibrationConfig()
     targets: Targets = full if isinstance(full, Spool) else Live(full, kv.ids.cpu())
+    for each in (model, full):
+        if isinstance(each, PreTrainedModel) and heads_of(each) is not None:
+            raise IntactKVError(
+                "calibrating shares the samples over processes, and those of a tensor-parallel model need them all; "
+                "load both models whole in every process"
+            )
     _check(kv, model, data, config)
     identity = _identity(kv, model, targets, data, config)
     job = _job(identity)
@@ -85,7 +93,7 @@ def calibrate(
     if checkpoint is not None and checkpoint.exists():
         load_state_(state, checkpoint, job=job)
     with ExitStack() as stack:
-        if isinstance(targets, Live) and targets.full.device.type == "cpu" and config.keep_bytes:
+        if isinstance(targets, Live) and input_device(targets.full).type == "cpu" and config.keep_bytes:
             targets = stack.enter_context(closing(Kept(targets, most_bytes=config.keep_bytes)))
         with frozen(model), ExitStack() as training:
             config, mended = _settled(training, kv, model, targets, data, config)
@@ -162,7 +170,9 @@ def _start(kv: IntactKV, model: PreTrainedModel, config: CalibrationConfig) -> S
         for part, tensor in zip(("key", "value"), kv.layers[i], strict=True):
             if part in config.parts:
                 dtype = torch.promote_types(torch.promote_types(tensor.dtype, model.dtype), torch.float32)
-                tensors[f"layers.{i}.{part}"] = tensor.detach().to(model.device, dtype, copy=True).requires_grad_()
+                tensors[f"layers.{i}.{part}"] = (
+                    tensor.detach().to(input_device(model), dtype, copy=True).requires_grad_()
+                )
     # no weight decay: it would pull keys and values to zero, which is nothing they should be near
     optimizer = torch.optim.AdamW(tensors.values(), lr=config.rate(0), weight_decay=0.0)
     return State(tensors, optimizer, {name: tensor.detach().clone() for name, tensor in tensors.items()})

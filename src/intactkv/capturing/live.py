@@ -57,7 +57,7 @@ def capture(
     streamed, its weights read matrix by matrix and never held, where `stream` says so, by default where a folder takes
     more than a quarter of the free memory and accelerate is installed; the result is the same, bit for bit. A streamed
     capture leaves what it has in the file `resume` after each block, goes on from that where it is there already, and
-    removes it at the end.
+    removes it at the end. The processes of a tensor-parallel model all capture, and all get the whole.
 
     Raises `IntactKVError` for ids that are no token ids of the vocabulary, for a path without a causal LM or with
     tensors that do not fit it, for quantized models, encoder-decoders, for a model that has an intact KV attached, for

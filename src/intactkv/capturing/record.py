@@ -13,6 +13,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from intactkv.decoder import input_device
 from intactkv.error import IntactKVError
+from intactkv.heads import Heads, heads_of
 
 if TYPE_CHECKING:
     from intactkv.capturing.partial import Partial
@@ -29,9 +30,11 @@ def recorded(
     """What each layer hands to `Cache.update` for `ids`: keys and values `(batch, head, token, dim)` on the CPU.
 
     Computed in eval mode; the model is left as it was. After `most` layers the forward is broken off; with `partial` it
-    goes on where an earlier one ended. Raises `IntactKVError` where no layer has keys and values.
+    goes on where an earlier one ended. Every process of a tensor-parallel model gets all heads. Raises `IntactKVError`
+    where no layer has keys and values.
     """
-    cache, training = _Recorder(most, config=model.config), [module for module in model.modules() if module.training]
+    cache = _Recorder(most, heads_of(model), config=model.config)
+    training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         with nullcontext() if partial is None else partial.followed(model, cache):
@@ -62,17 +65,20 @@ class _Enough(Exception):
 class _Recorder(DynamicCache):
     """A dynamic cache that also keeps a copy of what each layer handed in."""
 
-    def __init__(self, most: int | None = None, **kwargs: Any) -> None:
+    def __init__(self, most: int | None = None, heads: Heads | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.recorded: dict[int, tuple[Tensor, Tensor]] = {}
-        self._most = most
+        self._most, self._heads = most, heads
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         if layer_idx in self.recorded:
             raise IntactKVError(f"layer {layer_idx} updates its cache twice in one forward; this model is unsupported")
-        self.recorded[layer_idx] = (key_states.cpu().clone(), value_states.cpu().clone())
+        key, value = key_states, value_states
+        if self._heads is not None:
+            key, value = self._heads.whole(key), self._heads.whole(value)
+        self.recorded[layer_idx] = (key.cpu().clone(), value.cpu().clone())
         if len(self.recorded) == self._most:
             raise _Enough
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)

@@ -45,9 +45,9 @@ def calibrate_command(
     from intactkv.artifact import IntactKV
     from intactkv.calibrating import CalibrationConfig
     from intactkv.calibrating import command as calibration
-    from intactkv.calibrating.processes import is_main
     from intactkv.capturing.live import check_tokenizer
     from intactkv.checkpoint.load import load_tokenizer
+    from intactkv.processes import is_main
 
     check_outputs(out, checkpoint)
     for folder in (spool, tensorboard):

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from intactkv.artifact import IntactKV
 from intactkv.capturing.live import capture
 from intactkv.capturing.record import recorded
-from intactkv.decoder import watched_outputs
+from intactkv.decoder import input_device, watched_outputs
 from intactkv.doctor.forecast import Forecast, forecast
 from intactkv.error import IntactKVError
 from intactkv.evaluating import Arm, Evaluation, Interval, Windows, decide, evaluate, prefixed_windows
@@ -226,7 +226,7 @@ def _pictured(full: PreTrainedModel, ids: Int[Tensor, "token"], diagnosis: Diagn
         return lambda rows, block: weights.append(block[0].mean(0).cpu())
 
     with watched_attention(full, look), watched_outputs(full, keep):
-        full.base_model(input_ids=ids[None].to(full.device), use_cache=False)
+        full.base_model(input_ids=ids[None].to(input_device(full)), use_cache=False)
     attention = weights[0] if weights else None  # so few tokens are one block
     return Pictured(ids, hidden[0], hidden_layer, attention, attention_layer)
 

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from intactkv.decoder import blocks
+from intactkv.decoder import blocks, held, input_device
 from intactkv.error import IntactKVError
 from intactkv.evaluating import prefixed_windows
 from intactkv.positions import check_positions, check_tokens, most_positions
@@ -170,7 +170,7 @@ def read_error(
 def _counting(
     name: str, share: float, linear: nn.Linear, ours: Tensor, later: Tensor, grid: dict[str, Any]
 ) -> Counting:
-    weight = linear.weight.detach().float().cpu()
+    weight = held(linear).float().cpu()
     counted, left_out = (
         read_error(gptq_step(weight, hessian, **grid), weight, later) for hessian in (ours + later, later)
     )
@@ -202,7 +202,7 @@ def _shown(
     ]
     try:
         for window in ids.split(1):
-            full.base_model(input_ids=window.to(full.device), use_cache=False)
+            full.base_model(input_ids=window.to(input_device(full)), use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()

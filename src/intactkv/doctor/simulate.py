@@ -29,6 +29,10 @@ def rounded_model(full: PreTrainedModel, *, bits: int, group_size: int = GROUP_S
     """
     if not 2 <= bits <= 8 or group_size < 1:
         raise IntactKVError(f"bits={bits}, group_size={group_size}: use 2 to 8 bits and a positive group size")
+    if any(parameter.device.type == "meta" for parameter in full.parameters()):
+        raise IntactKVError(
+            "rounding is not simulated on a model with offloaded weights; load it whole, or give its quantized form"
+        )
     model = copy.deepcopy(full)
     for block in blocks(model):
         turned = {id(module.weight) for module in block.modules() if isinstance(module, Conv1D)}

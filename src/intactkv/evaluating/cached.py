@@ -32,6 +32,7 @@ from intactkv.evaluating.compare import (
     check_names,
     check_prefix,
     check_skip,
+    check_whole,
     forward,
 )
 from intactkv.evaluating.metrics import TokenMetrics
@@ -46,6 +47,7 @@ from intactkv.evaluating.stored import (
     scored_mean,
 )
 from intactkv.evaluating.windows import Windows
+from intactkv.processes import count, share, wait
 
 log = logging.getLogger(__name__)
 
@@ -99,6 +101,7 @@ def evaluate_cached(
     *,
     store: DistributionStore,
     batch_size: int = 8,
+    shared: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Evaluation, Traces]:
     """As `compare.evaluate`, with one model in memory at a time and everything that was measured kept in `store`.
@@ -106,7 +109,8 @@ def evaluate_cached(
     The arms of one checkpoint must stand together. `progress(done, total)` counts windows times arms, the full model
     being one. Figures are those of `evaluate` at the same batch size on the same machine, bit for bit, but for KL
     where the store is truncated. `seconds` is NaN where a part was read from disk. A file that is not usable is
-    computed again and named in `Traces`.
+    computed again and named in `Traces`. With `shared`, each process of a group measures a share of the batches that
+    are missing, and reads the others' from `store`, a folder that all of them see.
 
     Raises `IntactKVError` as `evaluate` does, and where the store would take more room than it may.
     """
@@ -119,13 +123,19 @@ def evaluate_cached(
     keys: dict[str, dict[str, Any]] = {name: _key(full.digest, None, skip) for name, skip in skips.items()}
     for arm in arms:
         keys[arm.name] = _key(arm.checkpoint.digest, arm.kv, arm.skip)
-    run = _Run(full, windows, store, _batches(windows, batch_size, store), keys, progress)
+    run = _Run(full, windows, store, _batches(windows, batch_size, store), keys, progress, shared)
     began = perf_counter()
     columns = {name: run.known(name) for name in keys}
-    needed = [i for i in range(len(run.batches)) if any(column[i] is None for column in columns.values())]
+    missing = [i for i in range(len(run.batches)) if any(column[i] is None for column in columns.values())]
+    if shared:
+        wait()  # until all have looked, so that all see the same missing
+    needed = share(missing) if shared else missing
     run.measure_full(columns, skips, needed)
     for checkpoint in dict.fromkeys(arm.checkpoint for arm in arms):
-        run.measure(checkpoint, [arm for arm in arms if arm.checkpoint is checkpoint], columns)
+        run.measure(checkpoint, [arm for arm in arms if arm.checkpoint is checkpoint], columns, needed)
+    if shared:
+        wait()
+        run.read_others(columns)
     seconds = math.nan if run.traces.read else perf_counter() - began
     metrics = {name: TokenMetrics.cat([_metrics(found) for found in column]) for name, column in columns.items()}
     run.traces.rest_mass = scored_mean((found["rest_mass"] for found in columns["full"] if found), windows.scored.cpu())
@@ -151,6 +161,7 @@ class _Run:
     batches: list[_Batch]
     keys: dict[str, dict[str, Any]]  # by arm, what tells it from others
     progress: Callable[[int, int], None] | None
+    shared: bool
     traces: Traces = field(default_factory=Traces)
     done: int = 0
 
@@ -164,7 +175,7 @@ class _Run:
                 self.count(batch)
         return column
 
-    def measure_full(self, columns: dict[str, _Column], skips: dict[str, int], needed: list[int]) -> None:
+    def measure_full(self, columns: dict[str, _Column], skips: dict[str, int], needed: Sequence[int]) -> None:
         """Complete the store and the full model's own figures at the batches `needed`, without `skips` tokens too."""
         wanted = [(name, skip, i) for name, skip in skips.items() for i in needed]
         asked = [self.batches[i].ids[:, skip:] for _, skip, i in wanted]
@@ -184,22 +195,29 @@ class _Run:
             return
         model = self.full.load()
         check_arm(Arm("full", model), self.windows)
+        if self.shared:
+            check_whole(model)
         vocab = model.config.get_text_config(decoder=True).vocab_size
         check_top(self.store.top, vocab)
-        self.store.check_room(sum(ids.numel() for ids in missing), vocab=vocab, dtype=model.dtype)
+        tokens = sum(ids.numel() for ids in missing) * (count() if self.shared else 1)  # other processes write as much
+        self.store.check_room(tokens, vocab=vocab, dtype=model.dtype)
         for ids in missing:
             with torch.inference_mode():
                 logits, _ = forward(Arm("full", model), ids, hidden=False)
                 self.store.write(ids, logits)
 
-    def measure(self, checkpoint: Checkpoint, arms: list[StoredArm], columns: dict[str, _Column]) -> None:
-        """Measure what is missing of one checkpoint's arms."""
-        missing = [i for i in range(len(self.batches)) if any(columns[arm.name][i] is None for arm in arms)]
+    def measure(
+        self, checkpoint: Checkpoint, arms: list[StoredArm], columns: dict[str, _Column], needed: Sequence[int]
+    ) -> None:
+        """Measure what is missing of one checkpoint's arms at the batches `needed`."""
+        missing = [i for i in needed if any(columns[arm.name][i] is None for arm in arms)]
         if not missing:
             return
         model = checkpoint.load()
         for arm in arms:
             check_arm(Arm(arm.name, model, arm.kv, arm.skip), self.windows)
+        if self.shared:
+            check_whole(model)
         for i in missing:
             batch = self.batches[i]
             for skip in dict.fromkeys(arm.skip for arm in arms):
@@ -211,6 +229,14 @@ class _Run:
                             metrics = metrics_against(given, logits, ids.roll(-1, dims=1))
                         metrics = at_columns(at_labels(metrics, batch.scored[:, skip:], name=arm.name), skip)
                         self.keep(arm.name, i, columns[arm.name], vars(metrics))
+
+    def read_others(self, columns: dict[str, _Column]) -> None:
+        """Read what other processes have measured meanwhile; it counts as computed by this run."""
+        for name, column in columns.items():
+            for i, batch in enumerate(self.batches):
+                if column[i] is None:
+                    column[i] = read_record(self.arms, {**batch.about, **self.keys[name]})
+                    self.traces.computed += 1
 
     def stored(self, batch: _Batch, skip: int) -> Given:
         """The full model's distributions of one batch without its first tokens, computed again where spoilt."""

@@ -9,6 +9,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from intactkv.artifact import IntactKV
@@ -24,8 +25,9 @@ from intactkv.evaluating.stored import DistributionStore
 from intactkv.evaluating.windows import Windows, paper_windows, prefixed_windows
 from intactkv.evaluating.words import arms_table, sentences
 from intactkv.positions import check_positions
+from intactkv.processes import grouped, is_main, join
 from intactkv.provenance import write_json
-from intactkv.screen import Show, working
+from intactkv.screen import Screen, Show, working
 from intactkv.texts import first_tokens, read_text
 
 
@@ -82,22 +84,28 @@ def run(
     models: Sequence[str], full: str, kvs: Sequence[Path], *, protocol: Protocol, cache: Cache | None,
     outputs: OutputFiles, console: Console,
 ) -> None:  # fmt: skip
-    """Compare every quantized model with the full one, from the command line's arguments."""
+    """Compare every quantized model with the full one, from the command line's arguments.
+
+    Processes that `torchrun` started share the windows, each on a device of its own; the first one speaks and writes.
+    """
+    place = join()
+    console = console if is_main() else Screen(quiet=True)
     quantized = _quantized(models, kvs)
     windows = _windows(quantized, full, protocol)
     bare = any(q.made_for for q in quantized) if protocol.bare is None else protocol.bare
     protocol = replace(protocol, bare=bare)
+    here = replace(protocol, device=place or protocol.device)
     needed = (full, *models) if cache is not None or outputs.json is not None else ()
     digests = _digests(needed, console)
     with working(console, "measuring") as show:
         traces = None
         if cache is None:
-            evaluation = _in_memory(quantized, full, windows, protocol, show)
+            evaluation = _in_memory(quantized, full, windows, here, show)
         else:
-            store = DistributionStore(
-                cache.folder, _loaded_as(digests[full], full, protocol), cache.top, cache.most_bytes
-            )
-            evaluation, traces = _on_disk(quantized, full, digests, windows, (store, protocol), show)
+            store = DistributionStore(cache.folder, _loaded_as(digests[full], full, here), cache.top, cache.most_bytes)
+            evaluation, traces = _on_disk(quantized, full, digests, windows, (store, here), show)
+    if not is_main():
+        return
     evaluation = replace(evaluation, pairs=_pairs(quantized))
     figures = _figures(evaluation, cache, traces)
     title = f"{figures['windows']} windows of {figures['window']} tokens, {figures['scored_tokens']} scored"
@@ -178,8 +186,13 @@ def _windows(quantized: Sequence[Quantized], full: str, protocol: Protocol) -> W
 
 
 def _loaded_as(digest: str, source: str, protocol: Protocol) -> str:
-    """The digest of a model and of how it is loaded here: what "auto" is hangs on the machine."""
+    """The digest of a model and of how it is loaded here: what "auto" is hangs on the machine.
+
+    Processes that share the windows are on alike devices of other numbers: all count as the first.
+    """
     device = device_named(protocol.device)
+    if grouped() and device.type != "cpu":
+        device = torch.device(device.type, 0)
     dtype = dtype_named(protocol.dtype, source, device)
     how = "as stored" if dtype == "auto" else f"in {dtype}"
     return sha256(f"{digest} {how} on {device}".encode()).hexdigest()
@@ -216,7 +229,7 @@ def _in_memory(
         model, alone = load_model_on(q.source, protocol.device, dtype=protocol.dtype), len(quantized) == 1
         arms += [Arm(q.arm(kind, alone), model, kv, skip) for kind, kv, skip in _kinds(q, protocol)]
     loaded = load_model_on(full, protocol.device, dtype=protocol.dtype)
-    return evaluate(loaded, arms, windows, batch_size=protocol.batch_size, progress=progress)
+    return evaluate(loaded, arms, windows, batch_size=protocol.batch_size, shared=grouped(), progress=progress)
 
 
 def _on_disk(
@@ -234,8 +247,9 @@ def _on_disk(
         made, alone = checkpoint(q.source), len(quantized) == 1
         arms += [StoredArm(q.arm(kind, alone), made, kv, skip) for kind, kv, skip in _kinds(q, protocol)]
     return evaluate_cached(
-        checkpoint(full), arms, windows, store=store, batch_size=protocol.batch_size, progress=progress
-    )
+        checkpoint(full), arms, windows, store=store, batch_size=protocol.batch_size, shared=grouped(),
+        progress=progress,
+    )  # fmt: skip
 
 
 def _figures(evaluation: Evaluation, cache: Cache | None, traces: Traces | None) -> dict[str, Any]:

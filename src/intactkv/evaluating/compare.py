@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from intactkv.artifact import IntactKV
 from intactkv.attaching.handle import attach, check_detached
+from intactkv.decoder import input_device
 from intactkv.error import IntactKVError
 from intactkv.evaluating.metrics import (
     Interval,
@@ -29,7 +30,9 @@ from intactkv.evaluating.metrics import (
     token_metrics,
 )
 from intactkv.evaluating.windows import Windows
+from intactkv.heads import heads_of
 from intactkv.positions import check_tokens
+from intactkv.processes import gathered, share
 
 FULL = ("full", "full bare")
 
@@ -157,6 +160,7 @@ def evaluate(
     *,
     batch_size: int = 8,
     block_mse: bool = True,
+    shared: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
     """Measure every arm against the full model on the same windows and the same scored labels.
@@ -171,23 +175,33 @@ def evaluate(
     *after* the final norm and so is on another scale than the others. It holds every layer's output of one
     batch of two models in memory; `block_mse=False` does without.
 
+    With `shared`, each process of torch.distributed's default group measures a share of the batches with models of its
+    own, and all of them get the whole evaluation: one process's, bit for bit, where machines and threads are alike.
+
     Raises `IntactKVError` for arm names that repeat or are "full", a model in training mode or with an
     attachment, windows with ids outside a vocabulary, that do not start with an arm's prefix or that score
-    what its artifact predicts, models whose vocabularies or layers differ, and logits that are not finite.
+    what its artifact predicts, models whose vocabularies or layers differ, logits that are not finite, and for a
+    tensor-parallel model that is to share batches.
 
     Source: token metrics as in llama.cpp's --kl-divergence.
     """
     check_names([arm.name for arm in arms], batch_size)
     for arm in (Arm("full", full), *arms):
         check_arm(arm, windows)
+        if shared:
+            check_whole(arm.model)
     batches = list(zip(windows.ids.cpu().split(batch_size), windows.scored.cpu().split(batch_size), strict=True))
+    mine = share(batches) if shared else batches
     measured: list[dict[str, tuple[TokenMetrics, Tensor]]] = []
-    began = perf_counter()
-    for i, (ids, scored) in enumerate(batches, start=1):
+    began, done, total = perf_counter(), 0, sum(len(ids) for ids, _ in mine)
+    for ids, scored in mine:
         with torch.inference_mode():
             measured.append(_measure_batch(full, arms, ids, scored, block_mse))
+        done += len(ids)
         if progress is not None:
-            progress(min(i * batch_size, len(windows)), len(windows))
+            progress(done, total)
+    if shared:
+        measured = gathered(measured)
     seconds = perf_counter() - began
     metrics = {name: TokenMetrics.cat([batch[name][0] for batch in measured]) for name in measured[0]}
     squares = {name: torch.stack([batch[name][1] for batch in measured]).sum(dim=0) for name in measured[0]}
@@ -270,7 +284,7 @@ def at_columns(metrics: TokenMetrics, skip: int) -> TokenMetrics:
 def forward(arm: Arm, ids: Int[Tensor, "window length"], *, hidden: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
     """The arm's logits (window, length, vocab) and, if asked for, hidden states (window, length, hidden)."""
     with attach(arm.model, arm.kv, check=False) if arm.kv is not None else nullcontext():  # harm is to be measured
-        output = arm.model(input_ids=ids.to(arm.model.device), use_cache=False, output_hidden_states=hidden)
+        output = arm.model(input_ids=ids.to(input_device(arm.model)), use_cache=False, output_hidden_states=hidden)
     return output.logits, output.hidden_states or ()
 
 
@@ -340,6 +354,15 @@ def check_arm(arm: Arm, windows: Windows) -> None:
     check_skip(arm.name, arm.skip, windows)
     if arm.kv is not None:
         check_prefix(arm.name, arm.kv.ids.cpu(), windows)
+
+
+def check_whole(model: PreTrainedModel) -> None:
+    """Raise `IntactKVError` for a tensor-parallel model, whose processes cannot share batches."""
+    if heads_of(model) is not None:
+        raise IntactKVError(
+            "the processes of a tensor-parallel model need all windows each, and here they are shared; leave "
+            "shared=True out, or load the model whole in every process"
+        )
 
 
 def check_skip(name: str, skip: int, windows: Windows) -> None:

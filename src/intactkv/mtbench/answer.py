@@ -18,6 +18,7 @@ from transformers import LogitsProcessorList, PreTrainedModel, PreTrainedTokeniz
 
 from intactkv.artifact import IntactKV
 from intactkv.attaching.handle import attach, check_detached
+from intactkv.decoder import input_device
 from intactkv.error import IntactKVError
 from intactkv.generate import padding, plain_generation
 from intactkv.lines import check_unicode
@@ -106,12 +107,13 @@ class Answerer:
         )
         end, stop = turn_end(self.tokenizer)
         model: Any = self.model
+        device = input_device(model)
         plain = plain_generation(
             model, self.tokenizer, end=end, max_new_tokens=self.settings.max_new_tokens, do_sample=False
         )
         with plain as config, self._intact():
             out = model.generate(
-                ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config,
+                ids.to(device), attention_mask=mask.to(device), generation_config=config,
                 logits_processor=LogitsProcessorList([sample]),
                 **({"stop_strings": [stop], "tokenizer": self.tokenizer} if stop else {}),
             )  # fmt: skip

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from intactkv.artifact import IntactKV
 from intactkv.attaching.handle import attach
 from intactkv.capturing.live import capture
-from intactkv.decoder import output_weight, watched_outputs
+from intactkv.decoder import input_device, output_weight, watched_outputs
 from intactkv.error import IntactKVError
 from intactkv.pivots.attention import Attended, watched_attention
 from intactkv.pivots.budget import Pair, energy_left, error_bound, output_error, token_shares
@@ -137,7 +137,7 @@ def _attended(model: PreTrainedModel, window: Int[Tensor, "token"]) -> dict[int,
                 f"{model.config.model_type} does not use transformers' AttentionInterface, through which the error "
                 "budget sees queries, keys and values"
             )
-        model.base_model(input_ids=window[None].to(model.device), use_cache=False)
+        model.base_model(input_ids=window[None].to(input_device(model)), use_cache=False)
     return calls
 
 
@@ -196,7 +196,7 @@ def _block_outputs(model: PreTrainedModel, window: Int[Tensor, "token"], kv: Int
         outputs[layer] = hidden[0].float()
 
     with attach(model, kv, check=False) if kv is not None else nullcontext(), watched_outputs(model, keep):
-        model(input_ids=window[None].to(model.device), use_cache=False)
+        model(input_ids=window[None].to(input_device(model)), use_cache=False)
     return [outputs[i] for i in sorted(outputs)]
 
 

@@ -1,23 +1,43 @@
-"""Several processes that calibrate one artifact: each takes a share of the samples, sums are made over all.
+"""Several processes at one calibration or evaluation: each takes a share of it, sums and lists are made over all.
 
-The processes are those of the default group of torch.distributed, which `accelerate.PartialState()` sets up under
-`accelerate launch` or `torchrun`. Without a group there is one process and nothing here does anything.
+The processes are those of the default group of torch.distributed, which `join` sets up under `torchrun`. Without a
+group there is one process and nothing here does anything.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import TypeVar
 
 import torch
 from torch import Tensor, distributed
 
+from intactkv.error import IntactKVError
+
 T = TypeVar("T")
+
+
+def join() -> str | None:
+    """Join the group of the processes that `torchrun` started; this one's device there, None where it is alone."""
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        return None
+    try:
+        from accelerate import PartialState
+    except ImportError as error:
+        raise IntactKVError("several processes need accelerate: pip install 'intactkv[distributed]'") from error
+    device = PartialState(cpu=not torch.accelerator.is_available()).device
+    return "cpu" if device.type == "cpu" else str(device)  # accelerate numbers CPUs too
 
 
 def grouped() -> bool:
     """Whether there is a group of processes."""
     return distributed.is_available() and distributed.is_initialized()
+
+
+def count() -> int:
+    """How many processes there are."""
+    return distributed.get_world_size() if grouped() else 1
 
 
 def is_main() -> bool:
@@ -28,6 +48,18 @@ def is_main() -> bool:
 def share(items: Sequence[T]) -> Sequence[T]:
     """Every n-th item, of n processes: this process's part."""
     return items[distributed.get_rank() :: distributed.get_world_size()] if grouped() else items
+
+
+def gathered(mine: Sequence[T]) -> list[T]:
+    """All items in their order again, each process giving those that it made of its `share`."""
+    if not grouped():
+        return list(mine)
+    parts: list[Sequence[T]] = [[] for _ in range(count())]
+    distributed.all_gather_object(parts, mine)
+    found: list[T | None] = [None] * sum(map(len, parts))
+    for rank, part in enumerate(parts):
+        found[rank :: len(parts)] = part
+    return found  # type: ignore[return-value]  # each place is filled
 
 
 def sum_(tensors: Sequence[Tensor]) -> None:
