@@ -36,10 +36,15 @@ def grown(count: int, rounds: int) -> list[tuple[int, int, int]]:
     found = []
     for _ in range(rounds):
         generations(model, kv, count)
-        gc.collect()
-        objects = gc.get_objects()
-        found.append((resident(), len(objects), sum(type(each) is torch.Tensor for each in objects)))
+        found.append((resident(), *tracked()))
     return found
+
+
+def tracked() -> tuple[int, int]:
+    """The objects that Python tracks, and how many of them are tensors; the list must not live until the next one."""
+    gc.collect()
+    objects = gc.get_objects()
+    return len(objects), sum(type(each) is torch.Tensor for each in objects)
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
