@@ -1,6 +1,8 @@
 """Streaming a checkpoint of Llama 3 8B's shape: time and memory against `cat`, against loading it, and its depth.
 
-    python benchmarks/stream.py FOLDER [--layers 8,16,32] [--out FILE.json]
+    python benchmarks/stream.py FOLDER [--layers 8,16,32] [--shape dense|experts] [--out FILE.json]
+
+`experts` is Qwen3-30B-A3B's shape: 128 experts a block, 8 for each token; `stream-one` is a prefix of one token.
 
 Every measurement is a process of its own on a cold cache (the files' pages are given back before). Peak memory is that
 of the process above what importing takes, sampled every 5 ms. Random weights in bfloat16, two blocks a shard.
@@ -27,21 +29,43 @@ BLOCK = {
 PREFIX = list(range(1000, 1034))
 
 
-def write(folder: Path, layers: int) -> None:
+EXPERTS = {
+    "self_attn.q_proj": (4096, 2048), "self_attn.k_proj": (512, 2048), "self_attn.v_proj": (512, 2048),
+    "self_attn.o_proj": (2048, 4096), "mlp.gate": (128, 2048),
+    **{
+        f"mlp.experts.{i}.{name}": shape for i in range(128)
+        for name, shape in (("gate_proj", (768, 2048)), ("up_proj", (768, 2048)), ("down_proj", (2048, 768)))
+    },
+}  # fmt: skip
+
+
+def write(folder: Path, shape: str, layers: int) -> None:
     """A checkpoint with so many blocks."""
     import torch
     from safetensors.torch import save_file
-    from transformers import LlamaConfig
+    from transformers import LlamaConfig, Qwen3MoeConfig
 
-    config = LlamaConfig(
-        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=layers, num_attention_heads=32,
-        num_key_value_heads=8, max_position_embeddings=8192, architectures=["LlamaForCausalLM"], dtype="bfloat16",
-        tie_word_embeddings=False,
-    )  # fmt: skip
+    if shape == "dense":
+        block, vocabulary, hidden, norms = BLOCK, 128256, 4096, {}
+        config: Any = LlamaConfig(
+            vocab_size=vocabulary, hidden_size=hidden, intermediate_size=14336, num_hidden_layers=layers,
+            num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=8192,
+            architectures=["LlamaForCausalLM"], dtype="bfloat16", tie_word_embeddings=False,
+        )  # fmt: skip
+    else:
+        block, vocabulary, hidden = EXPERTS, 151936, 2048
+        norms = {"self_attn.q_norm": 128, "self_attn.k_norm": 128}
+        config = Qwen3MoeConfig(
+            vocab_size=vocabulary, hidden_size=hidden, intermediate_size=6144, num_hidden_layers=layers,
+            num_attention_heads=32, num_key_value_heads=4, head_dim=128, num_experts=128, num_experts_per_tok=8,
+            moe_intermediate_size=768, max_position_embeddings=8192, architectures=["Qwen3MoeForCausalLM"],
+            dtype="bfloat16", tie_word_embeddings=False,
+        )  # fmt: skip
     config.save_pretrained(folder)
     generator = torch.Generator().manual_seed(0)
-    draw = {name: (torch.randn(*shape, generator=generator) * 0.02).bfloat16() for name, shape in BLOCK.items()}
-    table = (torch.randn(128256, 4096, generator=generator) * 0.02).bfloat16()
+    draw = {name: (torch.randn(*size, generator=generator) * 0.02).bfloat16() for name, size in block.items()}
+    table = (torch.randn(vocabulary, hidden, generator=generator) * 0.02).bfloat16()
+    norms |= {"input_layernorm": hidden, "post_attention_layernorm": hidden}
     index: dict[str, str] = {}
 
     def shard(tensors: dict[str, Any]) -> None:
@@ -54,10 +78,10 @@ def write(folder: Path, layers: int) -> None:
         tensors = {}
         for i in range(first, min(first + 2, layers)):
             tensors |= {f"model.layers.{i}.{name}.weight": weight.clone() for name, weight in draw.items()}
-            for norm in ("input_layernorm", "post_attention_layernorm"):
-                tensors[f"model.layers.{i}.{norm}.weight"] = torch.ones(4096, dtype=torch.bfloat16)
+            for norm, size in norms.items():
+                tensors[f"model.layers.{i}.{norm}.weight"] = torch.ones(size, dtype=torch.bfloat16)
         shard(tensors)
-    shard({"model.norm.weight": torch.ones(4096, dtype=torch.bfloat16), "lm_head.weight": table.clone()})
+    shard({"model.norm.weight": torch.ones(hidden, dtype=torch.bfloat16), "lm_head.weight": table.clone()})
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
 
 
@@ -100,8 +124,8 @@ def child(folder: Path, how: str) -> None:
         with torch.no_grad():
             model(torch.tensor([PREFIX]), use_cache=True, logits_to_keep=1)
     else:
-        loaded = load_streamed(folder, dtype=dtype) if way == "stream" else load_model(folder, dtype=dtype)
-        digest = capture(loaded, PREFIX, logits=False).digest
+        loaded = load_model(folder, dtype=dtype) if way == "live" else load_streamed(folder, dtype=dtype)
+        digest = capture(loaded, PREFIX[:1] if way == "stream-one" else PREFIX, logits=False).digest
     took = perf_counter() - began
     print(json.dumps({"seconds": took, "MiB": peak[0] / 2**20, "digest": digest}), flush=True)
 
@@ -110,6 +134,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
     parser.add_argument("--layers", default="8,16,32")
+    parser.add_argument("--shape", choices=["dense", "experts"], default="dense")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--child")
@@ -119,12 +144,15 @@ def main() -> None:
         return
     found: dict[str, Any] = {}
     for turn, layers in enumerate(map(int, given.layers.split(","))):
-        folder = given.folder / f"layers-{layers}"
+        folder = given.folder / f"{given.shape}-{layers}"
         if not (folder / "model.safetensors.index.json").exists():
             folder.mkdir(parents=True, exist_ok=True)
-            write(folder, layers)
-        ways = ["cat", "stream bfloat16", "stream float32"]
-        ways += ["offload bfloat16", "live bfloat16", "live float32"] if turn == 0 else []
+            write(folder, given.shape, layers)
+        ways = ["cat", "stream bfloat16"]
+        if given.shape == "experts":  # accelerate's offload would write them to the disk first
+            ways += ["stream-one bfloat16", "live bfloat16"]
+        else:
+            ways += ["stream float32", *(["offload bfloat16", "live bfloat16", "live float32"] if turn == 0 else [])]
         told: dict[str, list[Any]] = {way: [] for way in ways}
         for number in range(given.rounds):
             for way in ways if number % 2 == 0 else reversed(ways):
@@ -137,7 +165,7 @@ def main() -> None:
                 command = [sys.executable, __file__, str(folder), "--child", way]
                 done = subprocess.run(command, capture_output=True, text=True)
                 if done.returncode:
-                    raise SystemExit(done.stderr[-2000:])
+                    raise SystemExit(f"{way} ended with {done.returncode}: {done.stderr[-2000:]}")
                 told[way].append(json.loads(done.stdout.splitlines()[-1]))
         size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
         found[str(layers)] = {"bytes": size, **{

@@ -6,7 +6,7 @@ What it does: collects two importance matrices of the full model over the same c
 one of all tokens and one without the prefix's; lets llama.cpp quantize the F16 GGUF to every kind with none, the one
 and the other; and measures each on C4 windows in llama-cpp-python, with the prefix as the GGUF itself computes it and
 with a state written from the artifact (version 3), against the F16 GGUF: KL, same-top-1, perplexity, paired intervals.
-A checkpoint is one JSON with every window's figures; a run goes on where it stopped.
+A checkpoint is one JSON with every window's figures; a run goes on where it stopped, and ends in the page's table.
 What it gives up: 100 windows of 512 tokens to learn from, few to measure on.
 """
 
@@ -34,6 +34,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from intactkv import IntactKVError, bos, capture
 from intactkv.checkpoint.load import load_model, load_tokenizer
 from intactkv.evaluating import Windows, prefixed_windows
+from intactkv.evaluating.bootstrap import bootstrap
 from intactkv.evaluating.metrics import (
     TokenMetrics,
     full_metrics,
@@ -129,7 +130,7 @@ class Context:
     """One GGUF in llama.cpp, and the logits that it gives for tokens at positions."""
 
     def __init__(self, path: Path, threads: int = 2) -> None:
-        ll.llama_log_set(_silent, ctypes.c_void_p())
+        ll.llama_log_set(silent, ctypes.c_void_p())
         self._model = ll.llama_model_load_from_file(str(path).encode(), ll.llama_model_default_params())
         params = ll.llama_context_default_params()
         params.n_ctx, params.n_batch, params.n_ubatch, params.n_seq_max = 1024, 1024, 512, 1
@@ -167,7 +168,7 @@ class Context:
 
 
 @ll.llama_log_callback
-def _silent(level: int, text: bytes, data: Any) -> None:
+def silent(level: int, text: bytes, data: Any) -> None:
     return None
 
 
@@ -182,6 +183,30 @@ def metrics_of(context: Context, full: Sequence[Tensor], windows: Windows, prefi
 
 def stacked(rows: Sequence[TokenMetrics]) -> TokenMetrics:
     return TokenMetrics.cat([row.map(lambda values: values[None]) for row in rows])
+
+
+def table(folder: Path) -> None:
+    """Print what `folder` holds; in the last column against the kind's ordinary matrix (all) with its own prefix."""
+    held = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*-*.json"))}
+    for told in held.values():
+        own, intact, gap = told["own"], told["intact"], told["gap closed"]
+        last = "–"
+        if (ordinary := held.get(f"{told['kind']}-all")) is not None:
+            windows = torch.tensor([told["kl by window"]["intact"], ordinary["kl by window"]["own"]]).double()
+            ratio = bootstrap(partial(_ratio, windows), windows.shape[1], generator=torch.Generator().manual_seed(0))
+            last = "{value:.3f} [{low:.3f}, {high:.3f}]".format(**ratio["ratio"].__dict__)
+        print(
+            f"| {told['kind']} | {told['imatrix']} | {own['kl_mean']:.4f} | {intact['kl_mean']:.4f} "
+            f"| {100 * gap['value']:.1f} % [{100 * gap['low']:.1f}, {100 * gap['high']:.1f}] "
+            f"| {own['kl_median']:.4f}, {intact['kl_median']:.4f} "
+            f"| {own['same_top1_percent']:.1f}, {intact['same_top1_percent']:.1f} "
+            f"| {own['perplexity']:.2f}, {intact['perplexity']:.2f} ({told['full perplexity']:.2f}) | {last} |"
+        )
+
+
+def _ratio(windows: Tensor, counts: Tensor) -> dict[str, Tensor]:
+    above, below = (counts.double() @ windows.T).unbind(1)
+    return {"ratio": above / below}
 
 
 def main(
@@ -254,6 +279,7 @@ def main(
                 f"{kind:7} {matrix:5} own {figures['own']['kl_mean']:.4f} intact {figures['intact']['kl_mean']:.4f} "
                 f"gap closed {figures['gap closed']}", flush=True,
             )  # fmt: skip
+    table(folder)
 
 
 if __name__ == "__main__":

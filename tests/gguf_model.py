@@ -4,16 +4,23 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 
-def write_gguf(model: PreTrainedModel, path: Path, kind: str = "F32", *, vocabulary: bool = True) -> Path:
-    """Write `model` with its matrices as `kind`; llama.cpp wants a `vocabulary`, which is of numbers."""
+def write_gguf(
+    model: PreTrainedModel, path: Path, kind: str = "F32", *, vocabulary: bool = True, fused: bool = False
+) -> Path:
+    """Write `model` with its matrices as `kind`; llama.cpp wants a `vocabulary`, which is of numbers.
+
+    `fused`, as a Phi 3, whose queries, keys and values are one product.
+    """
     from gguf import MODEL_ARCH, GGMLQuantizationType, GGUFWriter, TokenType, get_tensor_name_map, quants
 
     config = model.config
-    names = get_tensor_name_map(MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    writer = GGUFWriter(path, "llama")
+    names = get_tensor_name_map(MODEL_ARCH.PHI3 if fused else MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    writer = GGUFWriter(path, "phi3" if fused else "llama")
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -33,7 +40,7 @@ def write_gguf(model: PreTrainedModel, path: Path, kind: str = "F32", *, vocabul
         writer.add_eos_token_id(config.eos_token_id)
         writer.add_unk_token_id(0)
         writer.add_add_bos_token(False)
-    for name, tensor in model.state_dict().items():
+    for name, tensor in (_fused(model.state_dict()) if fused else model.state_dict()).items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         if "q_proj" in name or "k_proj" in name:  # llama.cpp keeps the two channels of a RoPE pair side by side
@@ -47,3 +54,13 @@ def write_gguf(model: PreTrainedModel, path: Path, kind: str = "F32", *, vocabul
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def _fused(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    made: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        for one, parts in (("qkv_proj", ("q_proj", "k_proj", "v_proj")), ("gate_up_proj", ("gate_proj", "up_proj"))):
+            if (part := next((each for each in parts if each in name), None)) is not None:
+                name = name.replace(part, one)
+        made[name] = torch.cat([made[name], tensor]) if name in made else tensor
+    return made

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from intactkv import IntactKV, capture
+from intactkv.serving.layout import common_prefix
 
 PREFIX = [1, 5, 7]
 VOCAB = 97
@@ -171,3 +172,19 @@ def reference_logits(model: PreTrainedModel, kv: IntactKV, row: Tensor) -> Tenso
 def make_pair(architecture: Architecture, prefix: list[int] = PREFIX) -> Callable[[], Any]:
     full = build(architecture)
     return full, rounded(full), capture(full, prefix)
+
+
+def greedy(model: PreTrainedModel, kv: IntactKV | None, ids: list[int], count: int) -> list[int]:
+    """What engines are held against: rows that `ids` shares with `kv` are its own; the last token is computed."""
+    rows = 0 if kv is None else min(common_prefix(ids, kv.ids.tolist()), len(ids) - 1)
+    held = DynamicCache(config=model.config)
+    for i, (key, value) in kv.layers.items() if kv is not None and rows else ():
+        held.update(key[None, :, :rows].clone(), value[None, :, :rows].clone(), i)
+    found, given = [], torch.tensor([ids[rows:]])
+    with torch.no_grad():
+        for _ in range(count):
+            found.append(int(model(given, past_key_values=held).logits[0, -1].argmax()))
+            if found[-1] == model.config.eos_token_id:
+                break
+            given = torch.tensor([found[-1:]])
+    return found

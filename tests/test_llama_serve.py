@@ -27,10 +27,10 @@ import pytest
 import torch
 from aiohttp.test_utils import TestClient, TestServer
 from gguf_model import write_gguf
-from models import rounded
+from models import greedy, rounded
 from test_cli import intactkv
 from test_llama_cpp import IDS
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from intactkv import IntactKV, IntactKVError, capture
 from intactkv.checkpoint.load import load_model, load_tokenizer
@@ -56,21 +56,7 @@ class Pair:
     file: Path
 
     def greedy(self, ids: list[int], count: int, *, intact: bool = True) -> list[int]:
-        """By transformers: the rows that prompt and prefix share are the artifact's; the last token is computed."""
-        rows = min(common_prefix(ids, IDS), len(ids) - 1) if intact else 0
-        held = DynamicCache(config=self.full.config)
-        for i, (key, value) in self.kv.layers.items():
-            if rows:
-                held.update(key[None, :, :rows].clone(), value[None, :, :rows].clone(), i)
-        found, given = [], torch.tensor([ids[rows:]])
-        with torch.no_grad():
-            for _ in range(count):
-                logits = self.full(given, past_key_values=held).logits[0, -1]
-                found.append(int(logits.argmax()))
-                if found[-1] == self.full.config.eos_token_id:
-                    break
-                given = torch.tensor([found[-1:]])
-        return found
+        return greedy(self.full, self.kv if intact else None, ids, count)
 
 
 @pytest.fixture(scope="module")
@@ -340,6 +326,18 @@ def test_the_native_route(pair: Pair, tmp_path: Path) -> None:
     assert not (tmp_path / "x.bin").exists()
     (tmp_path / "native.bin.check").unlink()
     assert "which says whose state it is, cannot be read" in intactkv("serve", pair.gguf, "--kv", out, *cache_of).stderr
+
+
+def test_the_native_route_says_where_it_compares_nothing(pair: Pair, tmp_path: Path) -> None:
+    """A model whose queries, keys and values are one product: its state is saved, and served unchecked only."""
+    phi, out = write_gguf(pair.source, tmp_path / "phi.gguf", fused=True), tmp_path / "phi.bin"
+    done = intactkv("capture", phi, "-o", out, "--engine", "llama.cpp", "--ids", "0,5,7", "--gguf", pair.gguf, *F32)
+    assert done.returncode == 0, done.stderr
+    said = f"warning: {phi} has no plain first layer, so nothing was compared with {pair.gguf};"
+    assert said in " ".join(done.stderr.split())
+    assert SavedState(out).ids == [0, 5, 7]
+    assert not out.with_name("phi.bin.check").exists()
+    assert "which says whose state it is, cannot be read" in intactkv("serve", phi, "--kv", out, *F32).stderr
 
 
 def test_the_prefix_of_a_gguf(pair: Pair, tmp_path: Path) -> None:

@@ -91,6 +91,11 @@ def served_architectures(folder: Path) -> list[str] | None:
     return plain if plain != names else None
 
 
+def is_mlx(folder: Path) -> bool:
+    """Whether the checkpoint in `folder` was quantized by mlx-lm, which says so under a name of its own."""
+    return "quantization" in _config(folder)
+
+
 def refuse_unchecked(kv: IntactKV, folder: Path, name: str) -> None:
     """Raise `IntactKVError` where nothing says that `kv` is in the basis of the checkpoint in `folder`.
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import HfApi, constants, hf_hub_download, hf_hub_url, try_to_load_from_cache
-from huggingface_hub.errors import HfHubHTTPError, HTTPError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
 from torch import Tensor
 
@@ -141,15 +141,15 @@ class Repository:
 
 
 def in_cache(name: str) -> Path | None:
-    """The Hub's cache of a model, if all its safetensors are there."""
-    found = try_to_load_from_cache(name, INDEX)
-    if isinstance(found, str):
-        files = set(weight_map(Path(found).read_bytes(), found).values())
-    else:
-        found, files = try_to_load_from_cache(name, SINGLE), set()
-    if not isinstance(found, str) or not all(isinstance(try_to_load_from_cache(name, each), str) for each in files):
+    """The Hub's cache of a model, if all its safetensors are there; None also for what is no name."""
+    try:
+        index, single = (try_to_load_from_cache(name, each) for each in (INDEX, SINGLE))
+        files = set(weight_map(Path(index).read_bytes(), index).values()) if isinstance(index, str) else {SINGLE}
+        whole = all(isinstance(try_to_load_from_cache(name, each), str) for each in files)
+    except HFValidationError:
         return None
-    return Path(found).parent
+    found = index if isinstance(index, str) else single
+    return Path(found).parent if isinstance(found, str) and whole else None
 
 
 def bytes_on_the_hub(name: str) -> int:

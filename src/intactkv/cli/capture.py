@@ -121,10 +121,15 @@ def _capture_state(
     check_prefix(prefix, system, ids)
     if prefix == "auto":
         raise IntactKVError("with --engine llama.cpp the prefix is --ids alone, or --prefix bos, chat or a text")
-    told = asyncio.run(
+    tokens, compared = asyncio.run(
         capture_state(
             installed_program(), model, out, ids=None if ids is None else listed(ids), prefix=prefix or "bos",
             system=system, served=None if gguf is None else str(gguf), more=arguments, allow_quantized=allow_quantized,
         )
     )  # fmt: skip
-    console.print(f"{out}: llama.cpp's state of {len(told)} tokens, {told}", markup=False, highlight=False)
+    console.print(f"{out}: llama.cpp's state of {len(tokens)} tokens, {tokens}", markup=False, highlight=False)
+    if not compared:
+        warn(
+            f"{model} has no plain first layer, so nothing was compared with {gguf or 'the GGUF that will be served'}; "
+            "see to it that both are of one model, and serve the state with --unchecked"
+        )

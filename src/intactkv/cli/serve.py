@@ -30,14 +30,17 @@ def serve_command(
     ] = False,
     show: Annotated[bool, typer.Option("--print", help="vLLM: print the command and do not run it.")] = False,
 ) -> None:
-    """Serve MODEL with its intact KV: by vLLM, or a GGUF by llama-server.
+    """Serve MODEL with its intact KV: by vLLM, a GGUF by llama-server, what mlx-lm quantized by mlx_lm.server.
 
     What is not known here (`--port 8000`, `--tensor-parallel-size 2`, `-c 8192`, …) goes to the engine.
     """
-    if model.endswith(".gguf"):
+    from intactkv.artifact.served import checkpoint_folder, is_mlx
+
+    gguf = model.endswith(".gguf")
+    if gguf or is_mlx(checkpoint_folder(model)):
         if mode != "auto" or show:
-            raise IntactKVError("--mode and --print are for vLLM; leave them out for a GGUF")
-        _serve_gguf(model, kv, context.args, check=not unchecked)
+            raise IntactKVError(f"--mode and --print are for vLLM; leave them out for {'a GGUF' if gguf else 'MLX'}")
+        (_serve_gguf if gguf else _serve_mlx)(model, kv, context.args, check=not unchecked)
         return
     from intactkv.serving.launch import vllm_command
 
@@ -69,3 +72,11 @@ def _serve_gguf(model: str, kv: str | None, arguments: Sequence[str], *, check: 
         more = with_windows(gguf, without(arguments, "--host", "--port"))
         engine = Engine(installed_program(), model, states_for(kv, gguf, more, check=check), more)
     asyncio.run(serve(engine, host, int(port), lambda said: console.print(said, markup=False, highlight=False)))
+
+
+def _serve_mlx(model: str, kv: str | None, arguments: Sequence[str], *, check: bool) -> None:
+    from intactkv.artifact import IntactKV
+    from intactkv.serving.mlx_server import serve
+
+    artifact = IntactKV.from_pretrained(model if kv is None else kv)
+    serve(model, artifact, arguments, check=check, said=lambda told: console.print(told, markup=False, highlight=False))

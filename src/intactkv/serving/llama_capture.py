@@ -28,13 +28,15 @@ FULL = {"F32", "F16", "BF16", "F64", "Q8_0"}  # types of tensors that are as goo
 async def capture_state(
     program: Sequence[str], model: str, out: Path, *, ids: Sequence[int] | None = None, prefix: str = "bos",
     system: str | None = None, served: str | None = None, more: Sequence[str] = (), allow_quantized: bool = False,
-) -> list[int]:  # fmt: skip
-    """Let llama-server compute the state of a prefix in the GGUF `model`, save it to `out`, and give its tokens.
+) -> tuple[list[int], bool]:  # fmt: skip
+    """Let llama-server compute the state of a prefix in the GGUF `model`, and save it to `out`.
+
+    What comes back: the prefix's tokens, and whether the first layer could be compared and written down.
 
     `ids`, or `prefix`: "bos", "chat" (with `system`) or a text; `served`, the GGUF that will be served with it; `more`,
     the server's options, which must be the same then. Raises `IntactKVError` for a quantized `model`, for a `served`
     of another model, and where the server does not save all tokens. Of an architecture without a plain first layer
-    there is no FILE.check, and the state is served `--unchecked`.
+    nothing is compared, there is no FILE.check, and the state is served `--unchecked`.
     """
     full, check = opened(model), _check_file(out)
     check_outputs(out, check)
@@ -59,10 +61,10 @@ async def capture_state(
         write_atomically(out, state.read_bytes())
     check.unlink(missing_ok=True)
     if made is None:
-        return tokens
+        return tokens, False
     held = {"key": made.key.contiguous(), "value": made.value.contiguous()}
     write_atomically(check, save(held, {"gguf": os.path.basename(model), "architecture": str(full.architecture)}))
-    return tokens
+    return tokens, True
 
 
 def states_for(kv: str, model: Gguf, more: Sequence[str] = (), *, check: bool = True) -> States:

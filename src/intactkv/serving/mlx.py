@@ -1,4 +1,4 @@
-"""A prompt cache for MLX-LM, from an artifact: what `mlx_lm.generate --prompt-cache-file` begins with.
+"""An artifact's rows in MLX-LM's own caches, and the file that `mlx_lm.generate --prompt-cache-file` begins with.
 
 The file is written by mlx-lm's own function, whose layout changes from version to version: 0.31 and 0.32 do not read
 each other's. Keys are as transformers has them.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,27 +35,12 @@ def write_prompt_cache(
         raise IntactKVError(f"{path} must end in .safetensors, which MLX would add to it")
     check_outputs(path)
     try:
-        import mlx.core as mx
         from mlx_lm import load
-        from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache, save_prompt_cache
+        from mlx_lm.models.cache import save_prompt_cache
     except ImportError as error:
         raise IntactKVError("this needs mlx-lm: pip install mlx-lm (with mlx[cpu] on Linux)") from error
     loaded: Any = load(os.fspath(model))[0]
-    own: list[Any] = make_prompt_cache(loaded)
-    if len(own) != len(kv.layers) or any(not isinstance(each, KVCache | RotatingKVCache) for each in own):
-        raise IntactKVError(
-            f"{model} has {len(own)} layers with caches of its own kinds, the intact KV {len(kv.layers)} of keys and "
-            "values; give the artifact of this model"
-        )
-    loaded(mx.array(kv.ids[None].tolist()), cache=own)
-    pairs = {i: (_torch(each.keys, len(kv)), _torch(each.values, len(kv))) for i, each in enumerate(own)}
-    errors = errors_by_layer(kv, pairs)
-    if check:
-        refuse_other_basis(kv, errors)
-    made: list[Any] = make_prompt_cache(loaded)
-    for i, each in enumerate(made):
-        key, value = (mx.array(x[None].float().cpu().numpy()).astype(own[i].keys.dtype) for x in kv.layers[i])
-        each.update_and_fetch(key, value)
+    made = filled(loaded, rows_for(kv, loaded, os.fspath(model), check=check), len(kv))
     about = {"model": os.fspath(model), "tokenizer_config": json.dumps({"trust_remote_code": False})}
     with replacing(path) as temporary:
         written = temporary.with_name(f"{temporary.name}.safetensors")  # MLX adds it
@@ -64,6 +50,43 @@ def write_prompt_cache(
         finally:
             written.unlink(missing_ok=True)
     return path
+
+
+def rows_for(kv: IntactKV, model: Any, name: str, *, check: bool = True) -> list[tuple[Any, Any]]:
+    """The keys and values `(1, head, prefix, dim)` of `kv` by layer, as the loaded `model` keeps them.
+
+    Raises `IntactKVError` as `write_prompt_cache` does.
+    """
+    import mlx.core as mx
+    from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
+
+    own: list[Any] = make_prompt_cache(model)
+    if len(own) != len(kv.layers) or any(not isinstance(each, KVCache | RotatingKVCache) for each in own):
+        raise IntactKVError(
+            f"{name} has {len(own)} layers with caches of its own kinds, the intact KV {len(kv.layers)} of keys and "
+            "values; give the artifact of this model"
+        )
+    model(mx.array(kv.ids[None].tolist()), cache=own)
+    pairs = {i: (_torch(each.keys, len(kv)), _torch(each.values, len(kv))) for i, each in enumerate(own)}
+    errors = errors_by_layer(kv, pairs)
+    if check:
+        refuse_other_basis(kv, errors)
+    found = [
+        tuple(mx.array(x[None].float().cpu().numpy()).astype(own[i].keys.dtype) for x in kv.layers[i])
+        for i in range(len(own))
+    ]
+    mx.eval(found)
+    return found
+
+
+def filled(model: Any, rows: Sequence[tuple[Any, Any]], count: int) -> list[Any]:
+    """The caches of `model`'s layers, holding the first `count` of `rows`."""
+    from mlx_lm.models.cache import make_prompt_cache
+
+    made: list[Any] = make_prompt_cache(model)
+    for each, (key, value) in zip(made, rows, strict=True):
+        each.update_and_fetch(key[:, :, :count], value[:, :, :count])
+    return made
 
 
 def _torch(states: Any, length: int) -> Tensor:
