@@ -206,7 +206,7 @@ def interrupted(*args: Any, **kwargs: Any) -> Any:
     ("target", "name", "broken", "error"),
     [
         (intactkv.artifact.file, "save", interrupted, KeyboardInterrupt),
-        (Path, "write_bytes", half_written, OSError),
+        (Path, "write_bytes", half_written, IntactKVError),
         (os, "replace", interrupted, KeyboardInterrupt),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import warnings
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -297,6 +298,38 @@ def test_threads_on_one_model_do_not_mix(pair: Any) -> None:
 
     with attach(model, kv), ThreadPoolExecutor(4) as pool:
         assert max(pool.map(work, range(4))) <= TOLERANCE
+
+
+@torch.no_grad()
+def test_eight_threads_that_generate_get_what_each_gets_alone(pair: Any) -> None:
+    """Prompts with the prefix, padded and not, and one without: tokens and logits, while the others run."""
+    model, kv = pair
+    batches = []
+    for seed in range(8):
+        rows = list(prompts(rows=2, length=12 + seed, seed=seed))
+        if seed % 2:
+            rows[0] = rows[0][:-3]
+        if seed == 6:
+            rows = [row[P:] for row in rows]
+        batches.append(padded(rows, "left"))
+
+    def work(batch: Any) -> Any:
+        ids, mask, _ = batch
+        with torch.no_grad():  # per thread
+            return model.generate(
+                ids, attention_mask=mask, max_new_tokens=6, do_sample=False, return_dict_in_generate=True,
+                output_logits=True,
+            )  # fmt: skip
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the prompts without the prefix
+        with attach(model, kv):
+            alone = [work(batch) for batch in batches]
+            with ThreadPoolExecutor(8) as pool:
+                found = list(pool.map(work, batches * 3))
+    for one, other in zip(alone * 3, found, strict=True):
+        assert torch.equal(one.sequences, other.sequences)
+        assert max(differ(a, b) for a, b in zip(one.logits, other.logits, strict=True)) <= TOLERANCE
 
 
 @torch.no_grad()

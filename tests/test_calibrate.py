@@ -412,7 +412,7 @@ def test_a_full_disk_ends_with_a_sentence_and_the_last_good_state(trio: Any, tmp
             resource.setrlimit(resource.RLIMIT_FSIZE, (1024, limits[1]))
 
     try:
-        with pytest.raises(IntactKVError, match=r"step 8 cannot be written to .* last one written is kept"):
+        with pytest.raises(IntactKVError, match=r"state cannot be written .*; what was there before is kept"):
             calibrate(kv, model, full, data(), config=config, checkpoint=state, progress=fill)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

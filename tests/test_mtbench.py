@@ -327,6 +327,16 @@ def test_answers_of_another_run_are_not_mixed(
         file.open(questions)
 
 
+@pytest.mark.parametrize("name", ["../elsewhere", "/tmp/elsewhere", "a/b", ".", ".."])
+def test_a_name_does_not_lead_out_of_the_folder(name: str, tmp_path: Path) -> None:
+    path = mtbench.write(tmp_path / "question.jsonl", mtbench.QUESTIONS)
+    words = ["mtbench", "answer", MODEL, "--full", MODEL, "--kv", "kv", "--questions", path, "-o", tmp_path / "out"]
+    done = intactkv(*words, "--name", name)
+    assert done.returncode == 1
+    assert f"--name {name} is no name of a file in" in done.stderr
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_answer_files_that_are_not_in_the_schema_are_refused(tmp_path: Path) -> None:
     with pytest.raises(IntactKVError, match="no model_answer"):
         read_answers(tmp_path)

@@ -6,10 +6,12 @@ import math
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
+
+from safetensors import SafetensorError
 
 from intactkv.error import IntactKVError
 
@@ -17,7 +19,7 @@ from intactkv.error import IntactKVError
 def write_atomically(path: Path, content: bytes) -> None:
     """Write `path` so that after a crash, at any moment, a reader finds the old file or the new one.
 
-    Raises `OSError` as writing does; the old file is then left as it was.
+    Raises `IntactKVError` where the disk refuses; the old file is then left as it was.
     """
     with replacing(path) as temporary:
         temporary.write_bytes(content)
@@ -28,15 +30,31 @@ def replacing(path: Path) -> Iterator[Path]:
     """A file of its own beside `path` to write to, which takes its place, on the disk, where nothing was raised.
 
     Any number of threads and processes may write one path: the last one to end wins, and none reads half a file.
+    Raises `IntactKVError` where the disk refuses.
     """
-    temporary = path.with_name(f".{path.name[:200]}.{uuid4().hex}.tmp")
+    temporary = path.with_name(f".{path.name[:50]}.{uuid4().hex}.tmp")
     try:
-        yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with writing(path):
+            yield temporary
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """What the disk refuses to take for `path`, which is left as it was, is one sentence: an `IntactKVError`."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise IntactKVError(
+            f"{path} cannot be written ({why}); what was there before is kept: make room, or name "
+            "another place, and run the same command again"
+        ) from error
 
 
 def json_data(value: Any) -> Any:

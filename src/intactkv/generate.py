@@ -15,6 +15,7 @@ from transformers.generation.streamers import BaseStreamer
 from intactkv.artifact import IntactKV
 from intactkv.attaching.handle import attach
 from intactkv.decoder import input_device
+from intactkv.lines import check_unicode
 from intactkv.positions import check_positions
 
 
@@ -25,6 +26,7 @@ def encode(
 
     Where `kv` keeps the BOS token alone and the tokenizer does not add it itself, it is put in front, once.
     """
+    check_unicode(prompt, "the prompt")
     if chat:
         messages = [{"role": "user", "content": prompt}]
         prompt = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 from rich.console import Console, ConsoleDimensions
 from rich.progress import Progress
@@ -15,7 +15,10 @@ _EVERY = 10.0  # seconds between two lines of progress where there is no termina
 
 
 class Screen(Console):
-    """A rich console that has no width where it is not a terminal."""
+    """A rich console that has no width where it is not a terminal, and takes no text for markup: names may hold [/]."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**{"markup": False, **settings})
 
     @property
     def size(self) -> ConsoleDimensions:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
 from intactkv.error import IntactKVError, first_line
-from intactkv.lines import read_lines, read_utf8
+from intactkv.lines import check_unicode, from_json, read_lines, read_utf8
 
 _PER_TOKEN, _MARGIN = 6, 256  # characters that a token takes at first sight; tokens that a cut may change
 _ROWS = (".jsonl", ".json", ".parquet")  # files whose rows have a `text` field
@@ -24,6 +23,7 @@ def read_text(path: str | os.PathLike[str]) -> str:
     text = "\n\n".join(_texts(path)) if path.suffix in _ROWS else read_utf8(path)
     if not text.strip():
         raise IntactKVError(f"{path} is empty; give a text of at least a few hundred words")
+    check_unicode(text, path)
     return text
 
 
@@ -58,8 +58,8 @@ def _texts(path: Path) -> list[str]:
         rows = read_lines(path, needed=["text"])
     else:
         try:
-            found = json.loads(read_utf8(path))
-        except (ValueError, RecursionError) as error:
+            found = from_json(read_utf8(path))
+        except ValueError as error:
             raise IntactKVError(f"{path} is no JSON ({error}); give a list of rows with a text field") from error
         rows = found if isinstance(found, list) else [found]
     texts = [row.get("text") if isinstance(row, dict) else None for row in rows]

@@ -14,13 +14,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
 
 from intactkv.artifact.digest import add_tensor, digests, joined
 from intactkv.error import IntactKVError
 from intactkv.files import check_outputs, write_atomically
+from intactkv.lines import from_json
 
 if TYPE_CHECKING:
     from intactkv.artifact.data import IntactKV
@@ -52,10 +53,13 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if not path.is_file():
         raise IntactKVError(f"{path} is not a file; write one with `intactkv capture` or `IntactKV.save`")
     try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            text = (file.metadata() or {}).get("intactkv")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError, ValueError) as error:
+        content = (
+            path.read_bytes()
+        )  # once: safe_open opens a path twice, and between the two another may take its place
+        tensors = load(content)
+        header_bytes = content[8 : 8 + int.from_bytes(content[:8], "little")]
+        text = (from_json(header_bytes).get("__metadata__") or {}).get("intactkv")
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise IntactKVError(f"{path} is truncated or no safetensors file ({error}); capture it again") from error
     header = _header(text, path)
     whole = _digest_1(header, tensors) if header["version"] == 1 else joined(header, digests(tensors))

@@ -21,6 +21,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from intactkv.artifact.hub import FILE
 from intactkv.error import IntactKVError, first_line
 from intactkv.files import write_atomically
+from intactkv.lines import from_json
 
 if TYPE_CHECKING:
     from intactkv.artifact.data import IntactKV
@@ -87,6 +88,8 @@ def mark_needing(folder: Path) -> None:
 def served_architectures(folder: Path) -> list[str] | None:
     """The architectures by which an engine serves a checkpoint that `mark_needing` marked; None for any other."""
     names = _config(folder).get("architectures") or []
+    if not isinstance(names, list):
+        raise IntactKVError(f"{folder}/config.json has architectures={names!a}; it must be a list of names")
     plain = [str(name).removesuffix(NEEDS) for name in names]
     return plain if plain != names else None
 
@@ -104,7 +107,7 @@ def refuse_unchecked(kv: IntactKV, folder: Path, name: str) -> None:
     """
     recipe = _recipe(folder)
     if recipe.get("prefix") is not None:
-        if list(recipe["prefix"]) != kv.ids.tolist():
+        if recipe["prefix"] != kv.ids.tolist():
             raise IntactKVError(
                 f"{name} was quantized with the intact KV of the tokens {recipe['prefix']} beside it, and the artifact "
                 f"is of {kv.ids.tolist()}; serve {FILE} in its folder"
@@ -130,14 +133,14 @@ def _is_beside(kv: IntactKV, folder: Path) -> bool:
 
 def _config(folder: Path) -> dict[str, Any]:
     try:
-        return dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+        return dict(from_json((folder / "config.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise IntactKVError(f"{folder} has no readable config.json ({error}); give a model's folder") from error
 
 
 def _recipe(folder: Path) -> dict[str, Any]:
     try:
-        said = json.loads((folder / RECIPE).read_text(encoding="utf-8"))
+        said = from_json((folder / RECIPE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return said if isinstance(said, dict) else {}

@@ -57,9 +57,10 @@ def warn_when_plain_(model: PreTrainedModel, source: str | os.PathLike[str]) -> 
 
 def sentence(about: Mapping[str, Any], source: str | os.PathLike[str]) -> str:
     """What is lost where such a checkpoint runs plain, and the remedy."""
-    figures = about.get("perplexity") or {}
+    found = about.get("perplexity")
+    figures = found if isinstance(found, dict) else {}
     lost = ""
-    if {"with_kv", "without_kv"} <= figures.keys():
+    if all(isinstance(figures.get(name), int | float) for name in ("with_kv", "without_kv")):
         lost = (
             f" (perplexity {figures['without_kv']:.4g} instead of {figures['with_kv']:.4g} on its calibration's text)"
         )

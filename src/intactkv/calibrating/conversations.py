@@ -8,7 +8,6 @@ left out by name.
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import re
@@ -23,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from intactkv.calibrating.samples import Sample, Samples
 from intactkv.error import IntactKVError
-from intactkv.lines import read_utf8
+from intactkv.lines import from_json, read_utf8
 
 _ROLES = {"human": "user", "user": "user", "system": "system"}
 _ROLES |= dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "model", "assistant"), "assistant")
@@ -81,18 +80,18 @@ def _rows(path: Path, skipped: dict[str, list[str]]) -> list[tuple[str, Any]]:
     """Every row under its name; broken lines of a JSON Lines file are left out by name."""
     text = read_utf8(path)
     try:
-        data = json.loads(text)
+        data = from_json(text)
         if isinstance(data, list):
             return [(f"row {i}", row) for i, row in enumerate(data)]
         return [("row 0", data)]
-    except (ValueError, RecursionError):
+    except ValueError:
         pass  # several JSON texts, one a line
     rows = []
     for i, line in enumerate(text.split("\n"), start=1):
         try:
             if line.strip():
-                rows.append((f"line {i}", json.loads(line)))
-        except (ValueError, RecursionError):
+                rows.append((f"line {i}", from_json(line)))
+        except ValueError:
             skipped["no JSON"].append(f"line {i}")
     if not rows:
         raise IntactKVError(f"{path} is no JSON; give conversations as a JSON list or one JSON text a line")

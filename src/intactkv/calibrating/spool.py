@@ -31,6 +31,7 @@ from intactkv.calibrating.targets import Live
 from intactkv.decoder import blocks as blocks_of
 from intactkv.error import IntactKVError
 from intactkv.files import write_atomically
+from intactkv.lines import from_json
 
 _ABOUT = "spool.json"
 
@@ -48,17 +49,14 @@ class Spool:
     @property
     def weights(self) -> str:
         """The digest of the full model's weights."""
-        try:
-            return str(json.loads((self.folder / _ABOUT).read_text(encoding="utf-8"))["weights"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise IntactKVError(f"{self.folder} is no spool of targets; write one with spool(full, …)") from error
+        return str(_about(self.folder)["weights"])
 
     def _read(self, sample: Sample, *, blocks: bool, logits: bool) -> Outputs:
         try:
             with safe_open(self.folder / f"{sample.digest}.safetensors", framework="pt") as file:
                 layers = tuple(file.get_tensor("blocks").unbind()) if blocks else ()
                 return Outputs(layers, file.get_tensor("logits") if logits else None)
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, RuntimeError) as error:
             raise IntactKVError(
                 f"{self.folder} does not hold what this sample needs ({error}); spool the same data for the same "
                 "objective again"
@@ -156,7 +154,7 @@ def spool(
         )
     source = {"weights": weights_digest(full), "prefix": prefix.tolist()}
     if about.exists():
-        if json.loads(about.read_text(encoding="utf-8")) != source:
+        if _about(folder) != source:
             raise IntactKVError(f"{folder} holds the targets of another full model or prefix; name another folder")
     else:
         write_atomically(about, json.dumps(source).encode())
@@ -170,6 +168,15 @@ def spool(
     return Spool(folder)
 
 
+def _about(folder: Path) -> dict[str, Any]:
+    """Whose targets a folder holds."""
+    try:
+        found = from_json((folder / _ABOUT).read_text(encoding="utf-8"))
+        return {"weights": found["weights"], "prefix": found["prefix"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise IntactKVError(f"{folder} is no spool of targets; write one with spool(full, …)") from error
+
+
 def _parts(data: Split, *, blocks: bool, logits: bool) -> list[tuple[tuple[Sample, ...], bool, bool]]:
     return [(data.train.rows, blocks, logits), (data.choose.rows, False, True), (data.judge.rows, False, True)]
 
@@ -177,8 +184,11 @@ def _parts(data: Split, *, blocks: bool, logits: bool) -> list[tuple[tuple[Sampl
 def _write(live: Live, sample: Sample, folder: Path, *, blocks: bool, logits: bool) -> None:
     path = folder / f"{sample.digest}.safetensors"
     if path.exists():
-        with safe_open(path, framework="pt") as file:
-            held = set(file.keys())
+        try:
+            with safe_open(path, framework="pt") as file:
+                held = set(file.keys())
+        except (SafetensorError, OSError, RuntimeError):  # computed again
+            held = set()
         blocks, logits = blocks or "blocks" in held, logits or "logits" in held
         if held == {name for name, wanted in (("blocks", blocks), ("logits", logits)) if wanted}:
             return

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from intactkv.error import IntactKVError
 from intactkv.files import write_atomically
+from intactkv.lines import from_json
 
 _VERSION = 1
 
@@ -60,13 +61,7 @@ def save_state(state: State, path: Path, *, job: str) -> None:
         {name: t.cpu().contiguous().clone() for name, t in tensors.items()},
         metadata={"calibration": json.dumps(header)},
     )
-    try:
-        write_atomically(path, content)
-    except OSError as error:
-        raise IntactKVError(
-            f"the checkpoint of step {state.step} cannot be written to {path} ({error.strerror or error}); the last "
-            "one written is kept: make room and run the same command again"
-        ) from error
+    write_atomically(path, content)
 
 
 def load_state_(state: State, path: Path, *, job: str) -> None:
@@ -76,7 +71,7 @@ def load_state_(state: State, path: Path, *, job: str) -> None:
     """
     try:
         with safe_open(path, framework="pt") as file:
-            header: Any = json.loads((file.metadata() or {})["calibration"])
+            header: Any = from_json((file.metadata() or {})["calibration"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
         if header["version"] != _VERSION or header["job"] != job:
             raise IntactKVError(

@@ -62,6 +62,10 @@ class CalibrationConfig:
         for name in ("steps", "batch_size", "micro_batch", "check_every", "patience"):
             if getattr(self, name) < 1:
                 raise IntactKVError(f"{name}={getattr(self, name)} is too few; use 1 or more")
+        if self.batch_size > 2**16 or not 0 <= self.seed < 2**32:
+            raise IntactKVError(
+                f"batch_size={self.batch_size}, seed={self.seed} cannot be; use up to 65536 and a seed below 2^32"
+            )
         for name in ("activation_bytes", "keep_bytes"):
             if getattr(self, name) < 0:
                 raise IntactKVError(f"{name}={getattr(self, name)} is below 0; give a number of bytes, or 0")

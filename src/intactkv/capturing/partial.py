@@ -17,8 +17,10 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
+from intactkv.artifact.digest import digests, joined
 from intactkv.checkpoint.stream import Store
 from intactkv.decoder import blocks
+from intactkv.error import IntactKVError
 from intactkv.files import write_atomically
 
 log = logging.getLogger(__name__)
@@ -29,7 +31,8 @@ class Partial:
 
     Blocks that are there already are not run again: the model computes its positions and masks anew, the cache gets
     their keys and values, and the next block the last one's output. A file of another checkpoint, prefix, dtype or
-    library is not used. A model whose blocks tell each other more than that (Gemma 3n and 4) leaves no file.
+    library is not used, nor a spoilt one, as its digest tells. A model whose blocks tell each other more than that
+    (Gemma 3n and 4) leaves no file.
     """
 
     def __init__(
@@ -43,7 +46,7 @@ class Partial:
         self._output: list[Tensor | None] | Tensor = []
         try:
             self._load()
-        except (OSError, SafetensorError, ValueError, KeyError):
+        except (OSError, SafetensorError, RuntimeError, ValueError, KeyError):
             self.done = 0
         if self.done:
             log.info("going on behind block %d, from %s", self.done, self._path)
@@ -54,6 +57,8 @@ class Partial:
             if said["about"] != self._about:
                 return
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (no mapping)
+        if said["digest"] != joined(said, digests(tensors)):
+            return
         places = json.loads(said["output"])
         outputs = [None if name is None else tensors[name] for name in places or ["output"]]
         self._output = outputs if places is not None else outputs[0]  # type: ignore[assignment]
@@ -120,11 +125,13 @@ class Partial:
         def write() -> None:
             said = {"about": self._about, "blocks": str(done), "output": json.dumps(places)}
             said["digests"] = json.dumps(self._store.digests())
+            kept = {name: tensor.contiguous() for name, tensor in tensors.items()}
+            said["digest"] = joined(said, digests(kept))
             try:
-                write_atomically(self._path, save({n: t.contiguous() for n, t in tensors.items()}, said))
-            except OSError as error:
+                write_atomically(self._path, save(kept, said))
+            except IntactKVError as error:
                 if not self._told:
-                    log.warning("%s cannot be written (%s): a capture that ends begins again", self._path, error)
+                    log.warning("a capture that is killed begins again: %s", error)
                 self._told = True
 
         self._store.later(write)

@@ -15,6 +15,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from intactkv.error import IntactKVError
+from intactkv.lines import check_unicode
 
 # Continuations that begin with different characters and classes of characters, so that a token that depends on what
 # follows does not survive in their longest common prefix.
@@ -54,6 +55,7 @@ def chat_prefix(tokenizer: PreTrainedTokenizerBase, *, system: str | None = None
         raise IntactKVError(
             f"{_name(tokenizer)} has no chat template; use bos(tokenizer), text_prefix(tokenizer, …) or explicit ids"
         )
+    check_unicode(system or "", "the system prompt")
 
     def render(user: str, system: str | None) -> str:
         head = [] if system is None else [{"role": "system", "content": system}]
@@ -78,6 +80,7 @@ def text_prefix(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
     A last token that would merge with what follows is left out. Raises `IntactKVError` where nothing is left.
     """
+    check_unicode(text, "the prefix")
     return _common(lambda rest: text + rest, tokenizer, special=True)
 
 

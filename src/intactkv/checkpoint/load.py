@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -70,7 +69,9 @@ def load_with_losses(
                 _let_weights_move_(model)
                 if report["unexpected_keys"]:
                     restored = _restore_transforms_(model, source, set(report["unexpected_keys"]))
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # whatever transformers makes of spoilt files
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
         raise IntactKVError(f"{source} cannot be loaded as a causal LM: {first_line(error)}") from error
     kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
     warn_when_plain_(model, source)
@@ -200,7 +201,10 @@ def device_named(name: str) -> torch.device:
             return torch.device("cpu")
         return torch.device(accelerator.type, torch.accelerator.current_device_index())
     try:
-        return torch.device(name)
+        found = torch.device(name)
+        if found.type == "meta":
+            raise RuntimeError("it holds no numbers")
+        return found
     except RuntimeError as error:
         raise IntactKVError(
             f"a model cannot be put on --device {name} ({first_line(error)}); use auto, cpu or cuda"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from intactkv.checkpoint.shards import INDEX, LINE, SINGLE, Entry, add, aligned, check_index, weight_map
 from intactkv.error import IntactKVError, first_line
+from intactkv.lines import from_json
 
 _PIECE = 2**24  # bytes a request
 _AT_ONCE = 8  # requests
@@ -79,13 +79,13 @@ class Repository:
         try:
             if size > _HEADER:
                 raise ValueError(f"a header of {size} bytes")
-            found: dict[str, Any] = json.loads(self._bytes(file, 8, 8 + size))
+            found: dict[str, Any] = from_json(self._bytes(file, 8, 8 + size))
             found.pop("__metadata__", None)
             return {
                 name: (str(each["dtype"]), [int(n) for n in each["shape"]], 8 + size + int(each["data_offsets"][0]))
                 for name, each in found.items()
             }
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
             if isinstance(error, IntactKVError):
                 raise
             raise IntactKVError(f"{self._name}/{file} is no file of safetensors ({first_line(error)})") from error

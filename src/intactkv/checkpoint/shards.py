@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -14,6 +15,7 @@ from torch import Tensor
 from transformers.modeling_utils import str_to_torch_dtype
 
 from intactkv.error import IntactKVError, first_line
+from intactkv.lines import from_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 LINE = 64  # bytes of a cache line, by which products choose their kernels
@@ -50,7 +52,7 @@ class Folder:
         files = [SINGLE] if said is None else sorted(set(said.values()))
         self.entries: dict[str, Entry] = {}
         for file in files:
-            if not (folder / file).is_file():
+            if not os.path.isfile(folder / file):  # a name may be too long for a file
                 raise IntactKVError(f"{folder} holds no {file}; give a folder or Hub name with all its safetensors")
             for name, dtype, shape in self._header(file):
                 add(self.entries, name, file, dtype, shape)
@@ -69,7 +71,7 @@ class Folder:
             with safe_open(self._folder / file, framework="pt") as opened:
                 slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (no mapping)
                 return [(name, each.get_dtype(), each.get_shape()) for name, each in slices.items()]
-        except (OSError, SafetensorError) as error:
+        except (OSError, SafetensorError, RuntimeError) as error:
             raise IntactKVError(f"{self._folder / file} is not readable ({first_line(error)}); get it again") from error
 
     def read(self, name: str, rows: slice | None = None) -> Tensor:
@@ -79,14 +81,14 @@ class Folder:
             with safe_open(path, framework="pt") as file:
                 tensor: Tensor = file.get_tensor(name) if rows is None else file.get_slice(name)[rows]
                 return tensor
-        except (OSError, SafetensorError) as error:
+        except (OSError, SafetensorError, RuntimeError) as error:
             raise IntactKVError(f"{path} does not give {name} ({first_line(error)}); get it again") from error
 
 
 def weight_map(content: bytes, path: object) -> dict[str, str]:
     """An index's tensors and their files. Raises `IntactKVError` where it is none, or names a file elsewhere."""
     try:
-        found: Any = json.loads(content)["weight_map"]
+        found: Any = from_json(content)["weight_map"]
         if not isinstance(found, dict) or not all(isinstance(file, str) for file in found.values()):
             raise ValueError("its weight_map is no table of files")
     except (ValueError, KeyError, TypeError) as error:

@@ -17,6 +17,7 @@ from safetensors import safe_open
 from transformers import AutoConfig, PreTrainedConfig
 
 from intactkv.error import IntactKVError, first_line
+from intactkv.gguf_header import check_header
 
 
 def config_of(source: str | os.PathLike[str]) -> PreTrainedConfig | None:
@@ -123,6 +124,8 @@ def weight_files(source: str | os.PathLike[str]) -> Iterator[Any]:
 def check_exists(source: str | os.PathLike[str]) -> None:
     """Tell a mistyped name at once: transformers asks the network for it, again and again, and then says little."""
     text = os.fspath(source)
+    if not text:
+        raise IntactKVError("the model's name is empty; give a folder or a name on the Hub")
     if Path(text).is_dir():
         return
     if Path(text).is_file():
@@ -130,6 +133,7 @@ def check_exists(source: str | os.PathLike[str]) -> None:
             raise IntactKVError(f"{text} is a file; a model is a folder, a name on the Hub, or one .gguf file")
         if find_spec("gguf") is None:
             raise IntactKVError(f"reading {text} needs gguf: pip install 'intactkv[gguf]'")
+        check_header(text)
         return
     looks_like_a_path = text.startswith((".", "~", os.sep)) or text.count("/") > 1 or isinstance(source, Path)
     here = Path(text).parent if Path(text).parent.is_dir() else Path()

@@ -48,6 +48,7 @@ def larger_than_memory(source: str | os.PathLike[str]) -> bool:
     """Whether a checkpoint is streamed without being asked: where it takes more than a quarter of the free memory."""
     if Path(source).is_file() or find_spec("accelerate") is None:
         return False
+    check_exists(source)
     import psutil  # accelerate brings it
 
     return bool(stored_bytes(source) > psutil.virtual_memory().available / 4)

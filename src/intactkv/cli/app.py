@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from io import TextIOWrapper
 from typing import Annotated
 
 import typer
@@ -79,6 +80,8 @@ def main() -> None:
 
     With INTACTKV_TRACEBACK set, what nobody foresaw is shown with its traceback.
     """
+    if isinstance(sys.stdout, TextIOWrapper):  # a name that is no text is printed as its bytes
+        sys.stdout.reconfigure(errors="backslashreplace")
     warnings.showwarning = lambda message, *args, **kwargs: warn(str(message))
     try:
         app()

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from intactkv.cli.options import KV, Device, DType, Full, Model, console
+from intactkv.cli.options import KV, Device, DType, Full, Model, Seed, console
 from intactkv.error import IntactKVError
 from intactkv.files import check_folder, check_outputs
 
@@ -37,7 +37,7 @@ def calibrate_command(
     ] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="A file to resume from after a stop.", metavar="FILE")] = None,
     tensorboard: Annotated[Path | None, typer.Option(help="Draw curves for TensorBoard.", metavar="DIR")] = None,
-    seed: Annotated[int, typer.Option(help="The seed of the order of samples.")] = 0,
+    seed: Seed = 0,
     device: Device = "auto",
     dtype: DType = "auto",
 ) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from intactkv.cli.options import Device, DType, Model, console
+from intactkv.cli.options import Device, DType, Model, Seed, console
 
 
 def generate_command(
@@ -21,7 +21,7 @@ def generate_command(
     temperature: Annotated[
         float, typer.Option(help="0 chooses the likeliest token; above, tokens are sampled.", min=0.0)
     ] = 0.0,
-    seed: Annotated[int, typer.Option(help="The seed of sampling.")] = 0,
+    seed: Seed = 0,
     device: Device = "auto",
     dtype: DType = "auto",
 ) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from intactkv.cli.options import KV, Device, DType, Full, Model, console, markdown_file
+from intactkv.cli.options import KV, Device, DType, Full, Model, Seed, console, markdown_file
 from intactkv.files import check_outputs
 
 Questions = Annotated[Path, typer.Option("--questions", help="FastChat's question.jsonl.", metavar="JSONL")]
@@ -23,7 +23,7 @@ def mtbench_answer_command(
     arms: Annotated[str, typer.Option(help="Which of full, own and intact answer.")] = "full,own,intact",
     max_new_tokens: Annotated[int, typer.Option(help="Tokens of one answer at most.")] = 1024,
     batch_size: Annotated[int, typer.Option(help="Questions in one batch.")] = 8,
-    seed: Annotated[int, typer.Option(help="The seed of sampling, where a category is sampled.")] = 0,
+    seed: Seed = 0,
     system: Annotated[str | None, typer.Option(help="A system prompt before every question.")] = None,
     first: Annotated[int | None, typer.Option(help="Only the first so many questions of each category.", min=1)] = None,
     name: Annotated[str | None, typer.Option(help="MODEL's name in the files; by default its folder's.")] = None,

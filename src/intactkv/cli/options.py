@@ -29,6 +29,7 @@ KV = Annotated[
     ),
 ]
 System = Annotated[str | None, typer.Option(help="The system prompt, with `--prefix chat`.")]
+Seed = Annotated[int, typer.Option(help="The seed of whatever is drawn.", min=0, max=2**32 - 1)]
 Ids = Annotated[str | None, typer.Option(help="Explicit token ids instead, such as `1,887,526`.")]
 
 

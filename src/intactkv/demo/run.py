@@ -6,7 +6,6 @@ it says nothing about the size of the effect on a large one.
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from intactkv.evaluating import Arm, Evaluation, evaluate, prefixed_windows
 from intactkv.evaluating.plot import plot_kl_by_position
 from intactkv.evaluating.words import arms_table, sentences
 from intactkv.generate import continuation, encode
+from intactkv.lines import from_json
 from intactkv.pivots import first_token_pivots, measure
 from intactkv.pivots.words import pivot_sentence, pivot_table
 from intactkv.provenance import write_json
@@ -102,7 +102,7 @@ def _check_ours(out: Path) -> None:
     if not held:
         return
     try:
-        told = json.loads((out / "demo.json").read_text(encoding="utf-8"))["checkpoints"]
+        told = from_json((out / "demo.json").read_text(encoding="utf-8"))["checkpoints"]
         foreign = held - WRITTEN - set(told)
         foreign |= {name for name in held & set(told) if checkpoint_digest(out / name) != told[name]}
     except (OSError, ValueError, KeyError, TypeError, IntactKVError):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from intactkv.artifact.digest import digests, joined
 from intactkv.error import IntactKVError
-from intactkv.files import write_atomically
+from intactkv.files import write_atomically, writing
 
 _VERSION = 2
 
@@ -33,14 +33,9 @@ def write_record(folder: Path, about: Mapping[str, Any], tensors: Mapping[str, T
     kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     header = {"version": _VERSION, **about}
     header["digest"] = joined(header, digests(kept))
-    try:
+    with writing(path):
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, save(kept, metadata={"intactkv": json.dumps(header)}))
-    except OSError as error:
-        raise IntactKVError(
-            f"{path} cannot be written ({error.strerror or error}); what was written before is kept: make room and "
-            "run the same command again"
-        ) from error
+    write_atomically(path, save(kept, metadata={"intactkv": json.dumps(header)}))
     return path
 
 
@@ -70,7 +65,7 @@ def _opened(folder: Path, about: Mapping[str, Any], *, tensors: bool) -> dict[st
             found = {name: file.get_tensor(name) for name in file.keys()} if tensors else {}  # noqa: SIM118 (not a dict)
         claimed = {name: value for name, value in header.items() if name != "digest"}
         whole = not tensors or joined(header, digests(found)) == header["digest"]
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (SafetensorError, OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise IntactKVError(f"{path} is truncated or no record of ours ({error}); remove it") from error
     if claimed != {"version": _VERSION, **about}:
         raise IntactKVError(f"{path} holds something else than its name says; remove it")

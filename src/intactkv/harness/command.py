@@ -18,16 +18,19 @@ from intactkv.provenance import write_json
 def lm_eval(arguments: Sequence[str]) -> None:
     """lm-eval's own command line, which finds no models but its own, with `--model intactkv` made known to it."""
     _need_lm_eval()
+    import datasets
     from lm_eval.__main__ import cli_evaluate
 
     import intactkv.harness.model  # noqa: F401  (registers the model type)
 
     before = sys.argv
     sys.argv = ["lm_eval", *arguments]
+    counts, datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = datasets.config.HF_UPDATE_DOWNLOAD_COUNTS, False
     try:
-        cli_evaluate()
+        cli_evaluate()  # whose `datasets` would tell a server of every load, of local files too
     finally:
         sys.argv = before
+        datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = counts
 
 
 def tasks(data: Path, out: Path, console: Console) -> None:

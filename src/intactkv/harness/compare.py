@@ -106,8 +106,10 @@ def read_samples(path: Path) -> Items:
     for file in files:
         task = file.stem.removeprefix("samples_").rsplit("_", 1)[0]
         before = set(items)
-        for sample in read_lines(file, needed=["doc_id", "metrics"]):
-            item = (sample["doc_id"], sample.get("doc_hash"), sample.get("filter"))
+        for sample in read_lines(file, needed=["doc_id", "metrics"], keys=["doc_id"]):
+            item = (sample["doc_id"], str(sample.get("doc_hash")), str(sample.get("filter")))
+            if not isinstance(sample["metrics"], list) or not all(isinstance(name, str) for name in sample["metrics"]):
+                raise IntactKVError(f"{file} has the metrics {sample['metrics']!a}; give what lm_eval has logged")
             for metric in sample["metrics"]:
                 name, value = _per_item(metric, sample.get(metric))
                 if (task, name) in before:
@@ -132,7 +134,7 @@ def _per_item(metric: str, value: Any) -> tuple[str, Any]:
     """What lm-eval logs for one item under a perplexity's name: its log-likelihood, with or without a weight."""
     if not metric.endswith("perplexity"):
         return metric, value
-    return "log-likelihood", value[0] if isinstance(value, list) else value
+    return "log-likelihood", value[0] if isinstance(value, list) and value else value
 
 
 def to_dict(found: Iterable[Comparison]) -> list[dict[str, Any]]:

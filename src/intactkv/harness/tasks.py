@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import logging
+import lzma
 import re
+import shutil
 import tarfile
+import tempfile
+import zlib
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from intactkv.error import IntactKVError
+from intactkv.error import IntactKVError, first_line
 from intactkv.files import write_atomically
 from intactkv.lines import read_lines
 
@@ -78,25 +82,30 @@ def write_tasks(data: Path, out: Path) -> list[str]:
     For `lm_eval --include_path OUT --tasks NAMES`. A `.txt` is one document; what a `.jsonl` is, its rows' fields say
     (`SCHEMAS`), and one that has others is left out with a warning. FILE becomes the task FILE_local. MMLU is a folder
     `mmlu` with `dev` and `test`, a headless csv a subject, or `mmlu.tar.xz` of that, which is unpacked to `out`.
-    Raises `IntactKVError` where nothing is left, or a file's rows are not all of one schema.
+    Raises `IntactKVError` where nothing is left, two files would be one task, an archive cannot be unpacked, or the
+    rows of a file are not all of one schema; nothing is written then.
     """
+    if not data.is_dir():
+        raise IntactKVError(f"{data} is no folder; give one with test sets as files")
     files = sorted(path for path in data.iterdir() if path.suffix in (".jsonl", ".txt"))
     found = {path: task for path in files if (task := _ROLLING if path.suffix == ".txt" else _task(path)) is not None}
-    out.mkdir(parents=True, exist_ok=True)
-    names = []
-    for path, task in found.items():
-        names.append(f"{re.sub(r'[^0-9A-Za-z]+', '_', path.stem)}_local")
-        _write(out / f"{names[-1]}.yaml", {"task": names[-1], **_source(path), **task})
+    named: dict[str, Path] = {}
+    for path in found:
+        name = f"{re.sub(r'[^0-9A-Za-z]+', '_', path.stem)}_local"
+        if name in named:
+            raise IntactKVError(f"{named[name]} and {path} would both be the task {name}; rename one")
+        named[name] = path
     subjects = _mmlu(data, out)
-    if subjects is not None:
-        names.append(_write_mmlu(subjects, out))
-    if not names:
+    if not named and subjects is None:
         schemas = "; ".join(", ".join(sorted(fields)) for fields in SCHEMAS)
         raise IntactKVError(
             f"{data} holds no task; give a folder with mmlu, mmlu.tar.xz, .txt, or .jsonl whose rows have the fields "
             f"{schemas}"
         )
-    return names
+    out.mkdir(parents=True, exist_ok=True)
+    for name, path in named.items():
+        _write(out / f"{name}.yaml", {"task": name, **_source(path), **found[path]})
+    return [*named, *([] if subjects is None else [_write_mmlu(subjects, out)])]
 
 
 def _task(path: Path) -> dict[str, Any] | None:
@@ -130,14 +139,29 @@ def _source(path: Path) -> dict[str, Any]:
 
 
 def _mmlu(data: Path, out: Path) -> Path | None:
+    """MMLU's folder, unpacked to `out` where it is an archive; None where there is none."""
     if (data / "mmlu").is_dir():
-        return data / "mmlu"
-    if not (data / "mmlu.tar.xz").is_file():
+        return _with_subjects(data / "mmlu", data / "mmlu")
+    packed = data / "mmlu.tar.xz"
+    if not packed.is_file():
         return None
-    target = out / "mmlu"
-    with tarfile.open(data / "mmlu.tar.xz") as archive:
-        archive.extractall(target, filter="data")
-    return target
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out, prefix=".mmlu-") as scratch:
+        try:
+            with tarfile.open(packed) as archive:
+                archive.extractall(scratch, filter="data")  # refuses what would lie elsewhere
+        except (tarfile.TarError, lzma.LZMAError, zlib.error, EOFError, OSError, ValueError) as error:
+            raise IntactKVError(f"{packed} cannot be unpacked to {out} ({first_line(error)}); get it again") from error
+        _with_subjects(Path(scratch), packed)
+        shutil.copytree(scratch, out / "mmlu", dirs_exist_ok=True)
+    return out / "mmlu"
+
+
+def _with_subjects(folder: Path, source: Path) -> Path:
+    """`folder`, which must have a test of some subject."""
+    if not any((folder / "test").glob("*_test.csv")):
+        raise IntactKVError(f"{source} holds no test/*_test.csv; give MMLU's folders dev and test, or leave it out")
+    return folder
 
 
 def _write_mmlu(folder: Path, out: Path) -> str:

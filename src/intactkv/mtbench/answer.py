@@ -21,6 +21,7 @@ from intactkv.attaching.handle import attach, check_detached
 from intactkv.decoder import input_device
 from intactkv.error import IntactKVError
 from intactkv.generate import padding, plain_generation
+from intactkv.lines import check_unicode
 from intactkv.mtbench.chat import prompt_ids, turn_end
 from intactkv.mtbench.questions import Question
 from intactkv.mtbench.sampling import SampleByRow, row_generator
@@ -40,6 +41,7 @@ class AnswerSettings:
         for name in ("max_new_tokens", "batch_size"):
             if getattr(self, name) < 1:
                 raise IntactKVError(f"{name}={getattr(self, name)} is too small; use 1 or more")
+        check_unicode(self.system or "", "the system prompt")
 
 
 @dataclass(eq=False)

@@ -62,6 +62,8 @@ def answer(
     """Let the arms answer the questions, one model in memory at a time; what is answered already is skipped."""
     if unknown := [arm for arm in arms if arm not in ARMS]:
         raise IntactKVError(f"--arms names {unknown[0]!r}; use {', '.join(ARMS)}, or some of them")
+    if models.name and (Path(models.name).name != models.name or models.name.startswith(".")):
+        raise IntactKVError(f"--name {models.name} is no name of a file in {out}; leave slashes and a first dot out")
     questions, kv = read_questions(questions_file, first=first), IntactKV.from_pretrained(models.kv)
     tokenizer = load_tokenizer(models.full)
     check_tokenizer(kv, tokenizer, models.full)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from intactkv.error import IntactKVError
-from intactkv.lines import read_lines, write_lines
+from intactkv.lines import from_json, read_lines, write_lines
 from intactkv.mtbench.questions import Question
 from intactkv.provenance import write_json
 
@@ -39,7 +39,9 @@ class AnswerFile:
         Raises `IntactKVError` where they were made in another way or to other questions.
         """
         about, texts = self.path.with_suffix(".json"), {str(q.id): _digest(q) for q in questions}
-        rows = read_lines(self.path, needed=("question_id", "choices")) if self.path.exists() else []
+        rows = []
+        if self.path.exists():
+            rows = read_lines(self.path, needed=("question_id", "choices"), keys=("question_id",))
         if rows:
             made = _read_json(about)
             differs = [name for name, value in self.how.items() if made.get("how", {}).get(name) != value]
@@ -87,7 +89,7 @@ def read_answers(folder: Path) -> dict[str, dict[int | str, list[str]]]:
 def answers_of(path: Path) -> dict[int | str, list[str]]:
     """One file's answers (or reference answers) by question."""
     found = {}
-    for row in read_lines(path, needed=("question_id", "choices")):
+    for row in read_lines(path, needed=("question_id", "choices"), keys=("question_id",)):
         try:
             turns = row["choices"][0]["turns"]
         except (LookupError, TypeError):
@@ -109,7 +111,7 @@ def _digest(question: Question) -> str:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = from_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise IntactKVError(
             f"{path}, which says how the answers beside it were made, cannot be read ({error}); name another folder"

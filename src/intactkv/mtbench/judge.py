@@ -126,13 +126,14 @@ def judge(
     wanted, bare = tasks(questions, read_answers(folder), prompts=prompts, references=references)
     kept = {}
     if path.exists():
-        for row in read_lines(path, needed=("question_id", "model", "turn", "user_prompt", "score")):
+        key = ("question_id", "model", "turn")
+        for row in read_lines(path, needed=(*key, "user_prompt", "score"), keys=(*key, "score")):
             kept[row["question_id"], row["model"], row["turn"]] = row
     outcome = Outcome(without_reference=bare)
     missing = []
     for task in wanted:
         there = kept.get(task.key)
-        if there is not None and there["user_prompt"] == task.text and there["score"] >= 1:
+        if there is not None and there["user_prompt"] == task.text and float(there["score"]) >= 1:
             outcome.there += 1
         else:
             outcome.stale += there is not None

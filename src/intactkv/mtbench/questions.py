@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from intactkv.error import IntactKVError
-from intactkv.lines import read_lines
+from intactkv.lines import check_unicode, read_lines
 
 # FastChat's, by category; others are sampled at its default.
 _TEMPERATURES = {
@@ -59,6 +59,8 @@ def _question(row: dict[str, Any], path: Path) -> Question:
         raise IntactKVError(f"{path} has the question {name!r} of category {category!r}; give a number and a word")
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) and turn.strip() for turn in turns):
         raise IntactKVError(f"question {name} of {path} has the turns {turns!r}; give a list of texts")
+    for turn in turns:
+        check_unicode(turn, f"question {name!a} of {path}")
     if isinstance(temperature, bool) or not isinstance(temperature, (int, float)) or not 0 <= temperature < 10:
         raise IntactKVError(f"question {name} of {path} requires the temperature {temperature!r}; give 0 or more")
     reference = row.get("reference") or []

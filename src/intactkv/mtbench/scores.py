@@ -30,7 +30,7 @@ def read_grades(path: Path, questions: Sequence[Question]) -> Grades:
     for a file that is not in FastChat's single-answer schema, and where no model has a complete question.
     """
     found: dict[str, dict[Any, dict[int, float]]] = {}
-    for row in read_lines(path, needed=("question_id", "model", "turn", "score")):
+    for row in read_lines(path, needed=("question_id", "model", "turn", "score"), keys=("question_id",)):
         score, turn = row["score"], row["turn"]
         if isinstance(score, bool) or not isinstance(score, (int, float)) or turn not in (1, 2):
             raise IntactKVError(f"{path} has the score {score!r} of turn {turn!r}; give numbers, of turns 1 and 2")

@@ -37,7 +37,7 @@ from intactkv.checkpoint.load import load_model, load_tokenizer, load_with_losse
 from intactkv.checkpoint.source import config_of, is_gguf, refuse_quantized
 from intactkv.error import IntactKVError
 from intactkv.evaluating.windows import prefixed_windows
-from intactkv.files import check_folder
+from intactkv.files import check_folder, writing
 from intactkv.positions import check_tokens, most_positions
 from intactkv.provenance import installed
 from intactkv.quantizing.aware import PrefixAware
@@ -106,7 +106,7 @@ def quantize(
     check_folder(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     said: list[str] = []
-    with quiet(), tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
+    with writing(out), quiet(), tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
         checkpoint = Path(scratch) / "quantized"
         if isinstance(model, PreTrainedModel):  # llm-compressor works in place: give it a model of its own
             refuse_quantized(model.config)

@@ -19,6 +19,7 @@ from torch import Tensor
 from intactkv.artifact import IntactKV
 from intactkv.artifact.door import DOOR, relative_error
 from intactkv.error import IntactKVError, first_line
+from intactkv.gguf_header import check_header
 
 # Whether llama.cpp's converter reorders a head's channels so that the two of a rotary pair are neighbours.
 ARCHITECTURES = {
@@ -81,6 +82,7 @@ def opened(path: str | os.PathLike[str]) -> Gguf:
         from gguf import GGUFReader
     except ImportError as error:
         raise IntactKVError("reading a GGUF needs gguf: pip install 'intactkv[gguf]'") from error
+    check_header(path)
     try:
         reader = GGUFReader(path)
         fields = {
@@ -88,7 +90,7 @@ def opened(path: str | os.PathLike[str]) -> Gguf:
             for name, field in reader.fields.items()
             if not name.startswith("tokenizer.") or name == BOS  # a vocabulary takes seconds
         }
-    except (OSError, ValueError, IndexError, KeyError) as error:
+    except Exception as error:  # whatever the reader makes of spoilt bytes
         raise IntactKVError(f"{path} is no readable GGUF ({first_line(error)}); give the one that is served") from error
     return Gguf(os.fspath(path), fields, {tensor.name: tensor for tensor in reader.tensors})
 
@@ -142,6 +144,17 @@ class FirstLayer:
 
 def first_layer(model: Gguf, ids: Sequence[int]) -> FirstLayer:
     """The first layer of a GGUF, from its weights. Raises `IntactKVError` where it has no plain one."""
+    try:
+        return _first_layer(model, ids)
+    except (RuntimeError, LookupError, TypeError, ValueError) as error:
+        if isinstance(error, IntactKVError):
+            raise
+        raise IntactKVError(
+            f"the first layer of {model.path} cannot be computed ({first_line(error)}); give a whole GGUF of its model"
+        ) from error
+
+
+def _first_layer(model: Gguf, ids: Sequence[int]) -> FirstLayer:
     embedded = model.tensor("token_embd.weight", ids)
     norm, wide = model.tensor("blk.0.attn_norm.weight"), model.tensor("blk.0.attn_v.weight")
     narrow = model.tensor("blk.0.attn_k.weight")

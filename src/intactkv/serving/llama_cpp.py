@@ -28,6 +28,7 @@ from intactkv.serving.gguf import ARCHITECTURES, TWO_CACHES, check_gguf, in_pair
 
 _MAGIC = 0x67677371  # "ggsq"
 VERSIONS = (3, 4)
+MOST_STREAMS = 256  # llama.cpp's LLAMA_MAX_SEQ
 CACHE_TYPES = {"f32": (0, torch.float32), "f16": (1, torch.float16)}  # ggml's number, ours
 
 
@@ -53,8 +54,10 @@ class CacheKind:
                 f"a cache of {self.cache_type} holds rows as its build rounds and rotates them; use f16 or f32, or let "
                 "the engine save the state of a full-precision GGUF itself"
             )
-        if not 0 <= self.stream < self.streams:
-            raise IntactKVError(f"stream {self.stream} is none of {self.streams}; number them from 0")
+        if not 0 <= self.stream < self.streams <= MOST_STREAMS:
+            raise IntactKVError(
+                f"stream {self.stream} of {self.streams} cannot be; number them from 0, of at most {MOST_STREAMS}"
+            )
 
 
 def write_state(
@@ -116,6 +119,8 @@ class SavedState:
             if len(ids) < 4 or ids[1] != 1 or len(ids) != ids[2] + 4 or ids[-1] != 0:
                 raise IntactKVError(f"{path} lists its tokens in a way that is not known here, or media among them")
             ids = ids[3:-1]
+        if not ids or min(ids) < 0:
+            raise IntactKVError(f"{path} lists no token, or {min(ids, default=0)} as one; save the state again")
         self.ids: list[int] = ids
 
     def candidates(self, slots: int) -> Iterator[Callable[[int], bytes]]:

@@ -20,6 +20,7 @@ from typing import Any
 from aiohttp import ClientError, web
 
 from intactkv.error import IntactKVError, first_line
+from intactkv.lines import from_json
 from intactkv.serving.layout import common_prefix
 from intactkv.serving.llama_server import Engine, Refusal, Slot
 
@@ -186,7 +187,7 @@ class Proxy:
 def check_body(data: bytes) -> dict[str, Any]:
     """A request's JSON. Raises `Refusal` for what cannot be right here."""
     try:
-        body = json.loads(data)
+        body = from_json(data)
     except ValueError as error:
         raise Refusal(400, f"the request is no JSON: {first_line(error)}") from error
     if not isinstance(body, dict):
@@ -215,9 +216,9 @@ async def _until_timed(chunks: AsyncIterator[bytes], *, stream: bool) -> tuple[b
             if line.startswith((b"error:", b'data: {"error"')):
                 return head, None
             if line.startswith(b"data:") and b'"timings"' in line:
-                return head, int(json.loads(line.partition(b":")[2])["timings"]["cache_n"])
+                return head, int(from_json(line.partition(b":")[2])["timings"]["cache_n"])
     try:
-        return head, int(json.loads(head)["timings"]["cache_n"])
+        return head, int(from_json(head)["timings"]["cache_n"])
     except (ValueError, KeyError, TypeError) as error:
         raise Refusal(502, "llama-server's answer does not say what came from its cache; use a newer build") from error
 
