@@ -52,6 +52,7 @@ def test_formulas_are_mathml_and_none_is_left(site: Path) -> None:
     page = (site / "method/index.html").read_text(encoding="utf-8")
     assert page.count("<math ") > 30
     assert "arithmatex" not in page
+    assert not re.search(r"<m\w+[^>]*>\\\w", page), "a word of LaTeX that latex2mathml does not know"
 
 
 def test_the_reference_has_every_public_name(site: Path) -> None:
