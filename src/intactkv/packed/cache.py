@@ -314,7 +314,6 @@ class PackedCache(Cache):
     reads the packed tokens block by block; without it every step makes one layer dense at a time. `keep` needs
     `read_packed`, which tells the cache where padded rows begin; an attached artifact tells it by itself.
 
-    Example:
         with ik.read_packed(model):
             model.generate(**inputs, past_key_values=ik.PackedCache(model.config, ik.Packing(bits=4, keep=4)))
     """
