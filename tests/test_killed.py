@@ -151,6 +151,6 @@ def test_many_times_on_the_embedded_model(world: Path, tmp_path: Path, capsys: p
     kv: IntactKV = capture(full, [tokenizer.bos_token_id], tokenizer=tokenizer)
     kv.save(place / "kv")
     (place / "folder").symlink_to(world / "folder")
-    told = killed(place, tmp_path, commands(str(MODEL), str(TEXT), 64), kills=25)
+    told = killed(place, tmp_path, commands(str(MODEL), str(TEXT), 64), kills=10)
     with capsys.disabled():
         print(json.dumps(told, indent=1))
