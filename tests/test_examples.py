@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_cli import intactkv
+from command import intactkv
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.main import get_command
 
