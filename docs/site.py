@@ -19,6 +19,7 @@ OUTSIDE = {
     "src/intactkv/demo/model/README.md": "embedded-model.md",
 }
 _LINK = re.compile(r"(\]\()(?!https?:|#)([^)\s#]+)")
+_LIST = re.compile(r"^(?![-\s|>#])(.+)\n(?=- )", re.MULTILINE)
 _FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
 
 
@@ -30,7 +31,7 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Links are those of the repository, so that they work on GitHub; here they lead to the same pages of the site."""
+    """As GitHub reads it: links are those of the repository, and a list may follow a paragraph without a blank line."""
     on_site = page.file.src_uri
     at = next((source for source, name in OUTSIDE.items() if name == on_site), f"docs/{on_site}")
 
@@ -39,7 +40,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         target = OUTSIDE.get(there, there.removeprefix("docs/"))
         return link[1] + posixpath.relpath(target, posixpath.dirname(on_site) or ".")
 
-    return _LINK.sub(moved, markdown)
+    return _LIST.sub(r"\1\n\n", _LINK.sub(moved, markdown))
 
 
 def on_page_content(content: str, **_: Any) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_cli import intactkv
+from command import intactkv
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.main import get_command
 
@@ -88,7 +88,12 @@ def place(tmp_path: Path, models: dict[str, Path], monkeypatch: pytest.MonkeyPat
     return tmp_path
 
 
-@pytest.mark.parametrize("page", RUN, ids=name)
+LONG = {ROOT / "docs/how-to.md", ROOT / "docs/start.md"}  # half a minute each
+
+
+@pytest.mark.parametrize(
+    "page", [pytest.param(page, marks=[pytest.mark.slow] if page in LONG else []) for page in RUN], ids=name
+)
 def test_the_blocks_of_a_page_run_in_turn(page: Path, place: Path) -> None:
     pytest.importorskip("llmcompressor")
     names: dict[str, Any] = {}
