@@ -2,9 +2,9 @@
 
     python runs/imatrix.py FOLDER --model HF --gguf F16.gguf --data ../shared/data --imatrix llama-imatrix
 
-What it does: takes FOLDER's matrices of all tokens and without the prefix's, or makes them; writes the windows that they are of as one
-text, which llama.cpp's tokenizer must take apart into the same tokens; lets llama-imatrix read that in chunks of a
-window; and says how far the means of squares are apart, by matrix (of its norm) and by channel.
+What it does: takes FOLDER's matrices of all tokens and without the prefix's, or makes them; writes the windows that
+they are of as one text, which llama.cpp's tokenizer must take apart into the same tokens; lets llama-imatrix read that
+in chunks of a window; and says how far the means of squares are apart, by matrix (of its norm) and by channel.
 What it gives up: GGUFs whose vocabulary is not the model's.
 """
 
