@@ -76,18 +76,21 @@ def main(
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(done.stderr[-500:])
-    native, told = means(theirs), {}
+    made = {"llama-imatrix": means(theirs)}
     full = load_model(str(model), dtype="float32")
     for name, skip in (("all", 0), ("free", len(prefix))):
         path = folder / f"{name}.imatrix.gguf"
         if not path.exists():
             write_imatrix(importance(full, rows, skip=skip), full.config, path)
-        ours = means(path)
-        if ours.keys() != native.keys():
-            raise SystemExit(f"other matrices: {sorted(ours.keys() ^ native.keys())[:4]}")
-        matrices = torch.stack([(ours[each] - native[each]).norm() / native[each].norm() for each in native])
-        channels = torch.cat([(ours[each] / native[each] - 1).abs() for each in native])
-        told[name] = {
+        made[name] = means(path)
+        if made[name].keys() != made["llama-imatrix"].keys():
+            raise SystemExit(f"other matrices: {sorted(made[name].keys() ^ made['llama-imatrix'].keys())[:4]}")
+    told = {}
+    for name, other in (("all", "llama-imatrix"), ("free", "all")):
+        ours, theirs_ = made[name], made[other]
+        matrices = torch.stack([(ours[each] - theirs_[each]).norm() / theirs_[each].norm() for each in ours])
+        channels = torch.cat([(ours[each] / theirs_[each] - 1).abs() for each in ours])
+        told[f"{name} against {other}"] = {
             of: {"median": float(x.median()), "99 %": float(x.quantile(0.99)), "worst": float(x.max())}
             for of, x in (("matrices", matrices), ("channels", channels))
         }
