@@ -2,9 +2,9 @@
 
     python runs/imatrix.py FOLDER --model HF --gguf F16.gguf --data ../shared/data --imatrix llama-imatrix
 
-What it does: takes FOLDER's matrices of all tokens and without the prefix's; writes the windows that they are of as one
-text, which llama.cpp's tokenizer must take apart into the same tokens; lets llama-imatrix read that in chunks of a
-window; and says how far the means of squares are apart, by matrix (of its norm) and by channel.
+What it does: takes FOLDER's matrices of all tokens and without the prefix's, or makes them; writes the windows that
+they are of as one text, which llama.cpp's tokenizer must take apart into the same tokens; lets llama-imatrix read that
+in chunks of a window; and says how far the means of squares are apart, by matrix (of its norm) and by channel.
 What it gives up: GGUFs whose vocabulary is not the model's.
 """
 
@@ -20,11 +20,11 @@ import llama_cpp as ll
 import torch
 import typer
 from gguf import GGUFReader
-from k_quants import LEARN, WINDOW, silent
+from k_quants import LEARN, WINDOW, importance, silent, write_imatrix
 from torch import Tensor
 
 from intactkv import bos
-from intactkv.checkpoint.load import load_tokenizer
+from intactkv.checkpoint.load import load_model, load_tokenizer
 from intactkv.evaluating import prefixed_windows
 from intactkv.files import write_atomically
 from intactkv.texts import first_tokens, read_text
@@ -59,13 +59,16 @@ def main(
     gguf: Annotated[Path, typer.Option()],
     data: Annotated[Path, typer.Option()],
     imatrix: Annotated[Path, typer.Option()],
+    windows: int = LEARN,
 ) -> None:
     """Let llama-imatrix make its own, and print how far apart they are."""
+    folder.mkdir(parents=True, exist_ok=True)
     tokenizer, text, theirs = load_tokenizer(str(model)), folder / "windows.txt", folder / "llama.imatrix.gguf"
     learned = first_tokens(tokenizer, read_text(data / "calib" / "wikitext2_valid_tokenised.txt"), None)
-    windows = prefixed_windows(learned, prefix=bos(tokenizer), window=WINDOW).ids[:LEARN]
-    whole = "".join(tokenizer.decode(row) for row in windows)
-    if tokens_of(gguf, whole) != windows.flatten().tolist():
+    prefix = bos(tokenizer)
+    rows = prefixed_windows(learned, prefix=prefix, window=WINDOW).ids[:windows]
+    whole = "".join(tokenizer.decode(row) for row in rows)
+    if tokens_of(gguf, whole) != rows.flatten().tolist():
         raise SystemExit(f"{gguf} takes the windows' text apart otherwise than {model}; give one with its vocabulary")
     write_atomically(text, whole.encode())
     options = ["-c", str(WINDOW), "-b", str(WINDOW), "--parse-special", "--no-ppl", "-t", "2"]
@@ -73,14 +76,21 @@ def main(
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(done.stderr[-500:])
-    native, told = means(theirs), {}
-    for name in ("all", "free"):
-        ours = means(folder / f"{name}.imatrix.gguf")
-        if ours.keys() != native.keys():
-            raise SystemExit(f"other matrices: {sorted(ours.keys() ^ native.keys())[:4]}")
-        matrices = torch.stack([(ours[each] - native[each]).norm() / native[each].norm() for each in native])
-        channels = torch.cat([(ours[each] / native[each] - 1).abs() for each in native])
-        told[name] = {
+    made = {"llama-imatrix": means(theirs)}
+    full = load_model(str(model), dtype="float32")
+    for name, skip in (("all", 0), ("free", len(prefix))):
+        path = folder / f"{name}.imatrix.gguf"
+        if not path.exists():
+            write_imatrix(importance(full, rows, skip=skip), full.config, path)
+        made[name] = means(path)
+        if made[name].keys() != made["llama-imatrix"].keys():
+            raise SystemExit(f"other matrices: {sorted(made[name].keys() ^ made['llama-imatrix'].keys())[:4]}")
+    told = {}
+    for name, other in (("all", "llama-imatrix"), ("free", "all")):
+        ours, theirs_ = made[name], made[other]
+        matrices = torch.stack([(ours[each] - theirs_[each]).norm() / theirs_[each].norm() for each in ours])
+        channels = torch.cat([(ours[each] / theirs_[each] - 1).abs() for each in ours])
+        told[f"{name} against {other}"] = {
             of: {"median": float(x.median()), "99 %": float(x.quantile(0.99)), "worst": float(x.max())}
             for of, x in (("matrices", matrices), ("channels", channels))
         }

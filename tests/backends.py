@@ -412,6 +412,7 @@ def page() -> str:
 Made by the last of these commands; do not edit. GPTQModel wants numpy 2.2, hence the filtered constraints, and
 `torch` comes first so that nothing brings CUDA. On other machines take torch's CPU wheel.
 
+<!-- run elsewhere: tests/backends.py takes an environment of its own -->
 ```sh
 python3 -m venv .venv-backends && . .venv-backends/bin/activate
 grep -v '^numpy==' constraints.txt > "$VIRTUAL_ENV/constraints.txt"

@@ -82,6 +82,15 @@ def files(place: Path) -> dict[str, bytes]:
     return {str(p.relative_to(place)): p.read_bytes() for p in place.rglob("*") if p.is_file() and p.name != "filler"}
 
 
+@pytest.fixture(autouse=True)
+def unlocked() -> Iterator[None]:
+    """The repository, whose commit figures tell of, is left without a lock."""
+    yield
+    asked = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--path-format=absolute", "--git-path", "index.lock"]
+    told = subprocess.run(asked, capture_output=True, text=True)
+    assert told.returncode != 0 or not Path(told.stdout.strip()).exists()
+
+
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize(
     ("command", "disk"),

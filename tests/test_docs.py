@@ -1,4 +1,4 @@
-"""The pages tell the truth: file tree, architectures, commands."""
+"""The pages tell the truth: file tree, architectures, commands. Their blocks run in test_examples.py."""
 
 from __future__ import annotations
 

@@ -94,7 +94,7 @@ _SCRIPT = """
 import json, sys
 import intactkv as ik
 from intactkv.checkpoint import remote
-remote._PIECE = 1000
+remote._PIECE = 8000
 for line in sys.stdin:
     source, ids, out = json.loads(line)
     try:
@@ -149,9 +149,9 @@ def test_only_what_is_needed_is_fetched_and_none_kept(site: tuple[Site, Any], tm
 
 
 def test_connections_that_are_cut(site: tuple[Site, Any], tmp_path: Path) -> None:
-    """Every second answer ends after 300 bytes of up to 1,000: taken up where it ended."""
+    """Every second answer ends after 3,000 bytes of up to 8,000: taken up where it ended."""
     hub, run = site
-    hub.cut_at = 300
+    hub.cut_at = 3000
     assert run(PREFIX, tmp_path / "kv") == ""
     hub.cut_at = None
     assert IntactKV.load(tmp_path / "kv").digest == capture(hub.folder, PREFIX, stream=True, logits=False).digest

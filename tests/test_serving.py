@@ -64,6 +64,9 @@ def test_an_artifact_is_served_with_what_it_was_made_or_checked_with(
     }
     calibrated = replace(kv, provenance={**kv.provenance, "calibration": {}}).save(tmp_path / "calibrated")
     assert vllm_arguments(folder, calibrated)
+    rescaled = replace(kv, layers={i: (key, 2 * value) for i, (key, value) in kv.layers.items()})
+    with pytest.raises(IntactKVError, match="nothing says"):  # captured, of the same tokens, and never calibrated
+        vllm_arguments(folder, rescaled.save(tmp_path / "rescaled"))
     foreign = capture(build(by_name("llama-gqa")), [1, 9]).save(tmp_path / "foreign")
     with pytest.raises(IntactKVError, match=r"beside it, and the artifact is of \[1, 9\]"):
         vllm_arguments(folder, foreign)

@@ -6,6 +6,7 @@ writes what it found.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
 import os
@@ -21,7 +22,7 @@ from models import PREFIX, build, by_name, padded, prompts, rounded
 from torch import Tensor, distributed
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from intactkv import IntactKV, IntactKVError, attach, capture
+from intactkv import IntactKV, IntactKVError, PackedCache, Packing, attach, capture, read_packed
 from intactkv.artifact.digest import weights_digest
 from intactkv.calibrating import calibrate
 from intactkv.evaluating import Arm, Windows, evaluate
@@ -38,6 +39,7 @@ SPLIT = [
 WHOLE = ["olmo2", "phi3", "deepseek-v3", "gpt-oss", "gpt2", "gpt-j"]
 QUICK = ["llama-gqa", "qwen3", "gemma3", "olmo2", "deepseek-v3"]
 FOUR = ["llama-mha", "gpt-neox", "deepseek-v3", "olmo2"]
+EVERYTHING = "llama-gqa"  # over two processes: beams, packed caches, gradients, and FSDP besides
 REFUSED = "llama-gqa"  # over four processes: it has two key heads
 
 
@@ -46,11 +48,11 @@ def random_model(name: str, seed: int = 0) -> PreTrainedModel:
     return build(by_name(name), seed, vocab_size=VOCABULARY, **by_layer)
 
 
-def split_model(folder: Path) -> PreTrainedModel:
+def loaded(folder: Path, **sizes: int) -> PreTrainedModel:
     from transformers.distributed import DistributedConfig
 
-    config = DistributedConfig(tp_size=distributed.get_world_size())
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, distributed_config=config)
+    how = DistributedConfig(**sizes)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, distributed_config=how)
     return model.eval()
 
 
@@ -59,7 +61,7 @@ def saved(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     if distributed.get_rank() == 0:
         model.save_pretrained(folder)
     distributed.barrier()
-    return split_model(folder)
+    return loaded(folder, tp_size=distributed.get_world_size())
 
 
 def differ(a: Tensor, b: Tensor) -> float:
@@ -95,6 +97,38 @@ def calls(model: PreTrainedModel, kv: IntactKV | None) -> dict[str, Tensor]:
         whole = torch.ones(len(ids), ids.shape[1], dtype=torch.int64)
         cache = kv.cache(model, len(ids), check=False)
         found["filled cache"] = model(ids[:, size:], past_key_values=cache, attention_mask=whole).logits
+    return found
+
+
+@torch.no_grad()
+def more_calls(model: PreTrainedModel, kv: IntactKV) -> dict[str, Tensor]:
+    """Logits of generating with beams, in chunks, and with a packed cache, read packed and not."""
+    ids, mask, _ = padded([prompts()[0], prompts()[1, :13]], "left")
+
+    def logits(**more: Any) -> Tensor:
+        out = model.generate(
+            ids, attention_mask=mask, max_new_tokens=6, do_sample=False, output_logits=True,
+            return_dict_in_generate=True, **more,
+        )  # fmt: skip
+        return torch.stack(out.logits, 1)
+
+    with attach(model, kv, check=False):
+        found = {"beams": logits(num_beams=3), "chunks": logits(prefill_chunk_size=2)}
+        found["packed"] = logits(past_key_values=PackedCache(model.config, Packing(bits=8)))
+        with read_packed(model):
+            found["read packed"] = logits(past_key_values=PackedCache(model.config, Packing(bits=8)))
+    return found
+
+
+def gradient(model: PreTrainedModel, kv: IntactKV) -> Tensor:
+    """Of a sum of logits, by the artifact's keys and values; each process has those of its heads."""
+    learned = copy.deepcopy(kv)
+    leaves = [tensor.requires_grad_() for pair in learned.layers.values() for tensor in pair]
+    with attach(model, learned, check=False):
+        model(prompts()).logits[:, len(kv) :].sum().backward()
+    found = torch.stack([leaf.grad for leaf in leaves if leaf.grad is not None])
+    if heads_of(model) is not None:
+        distributed.all_reduce(found)
     return found
 
 
@@ -138,6 +172,12 @@ def laws(name: str, folder: Path) -> dict[str, Any]:
     found["split"] = heads is not None and heads.split
     other = capture(random_model(name, seed=7), PREFIX)
     found["foreign"] = refused(lambda: attach(many, other))
+    if name == EVERYTHING and distributed.get_world_size() == 2:
+        found["more"] = farthest(more_calls(many, kv), more_calls(one, kv))
+        found["gradient"] = differ(gradient(many, kv), gradient(one, kv)) / float(gradient(one, kv).abs().max())
+        by_layer = loaded(folder / "rounded", fsdp_size=2)  # weights are split, heads are not
+        with attach(by_layer, kv, check=False):
+            found["sharded weights"] = farthest(calls(by_layer, kv), want)
     nothing: Any = None
     windows = Windows(prompts(), torch.arange(20).expand(3, -1) > len(PREFIX))
     found["calibrate"] = refused(lambda: calibrate(kv, many, full, nothing))
@@ -193,6 +233,9 @@ def check(folder: Path, jobs: dict[int, list[str]]) -> None:
             assert found["digest"], (at, found)
             assert found["split"] == (name in SPLIT), (at, found)
             assert "another basis or model" in found["foreign"], (at, found)
+            assert found.get("more", 0) <= tolerance, (at, found)
+            assert found.get("gradient", 0) <= 1e-5, (at, found)
+            assert found.get("sharded weights", 0) <= tolerance, (at, found)
             assert "calibrating shares the samples over processes" in found["calibrate"], (at, found)
             assert "need all windows each, and here they are shared" in found["eval"], (at, found)
 

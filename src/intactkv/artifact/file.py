@@ -53,9 +53,8 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if not path.is_file():
         raise IntactKVError(f"{path} is not a file; write one with `intactkv capture` or `IntactKV.save`")
     try:
-        content = (
-            path.read_bytes()
-        )  # once: safe_open opens a path twice, and between the two another may take its place
+        # once: safe_open opens a path twice, and between the two another file may take its place
+        content = path.read_bytes()
         tensors = load(content)
         header_bytes = content[8 : 8 + int.from_bytes(content[:8], "little")]
         text = (from_json(header_bytes).get("__metadata__") or {}).get("intactkv")

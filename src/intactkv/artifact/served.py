@@ -112,7 +112,7 @@ def refuse_unchecked(kv: IntactKV, folder: Path, name: str) -> None:
                 f"{name} was quantized with the intact KV of the tokens {recipe['prefix']} beside it, and the artifact "
                 f"is of {kv.ids.tolist()}; serve {FILE} in its folder"
             )
-        if _is_beside(kv, folder) or "calibration" in kv.provenance:
+        if _is_beside(kv, folder) or kv.provenance.get("calibration") is not None:
             return
     elif "quantization_config" not in _config(folder) and str(kv.provenance.get("model")) == name:
         return

@@ -60,7 +60,6 @@ def attach(model: PreTrainedModel, kv: IntactKV | str | os.PathLike[str], *, che
     anything that is not a decoder-only transformers model; then at each call that cannot be right (embeddings instead
     of ids, positions that do not start at 0, a mask that hides the prefix, a cache filled without the attachment).
 
-    Example:
         with attach(model, kv):
             model.generate(**tokenizer(prompts, return_tensors="pt", padding=True))
     """

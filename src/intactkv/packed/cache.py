@@ -40,12 +40,17 @@ class PackedLayer(CacheLayerMixin):
     def __init__(self, packing: Packing, rows: Rows) -> None:
         super().__init__()
         self.packing, self.rows = packing, rows
-        self.length = 0
+        self._length = 0
         self.runs: list[Run] = []
         self.stores: list[TokenStore] = []  # of keys and of values
         self.tail: list[Tensor] = []  # (batch, head, token, dim) each
         self.kept: list[Tensor] = []  # (batch, head, kept, dim) each
-        self.steady: Steady | None = None  # while it is there, it has `runs` and `tail`
+        self.steady: Steady | None = None  # while it is there, it has the newest tokens, `runs` and `tail` are empty
+
+    @property
+    def length(self) -> int:
+        """How many tokens are stored, kept ones and padding included."""
+        return self._length if self.steady is None else self.steady.stored
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Make empty buffers for these heads, widths, types and devices."""
@@ -69,7 +74,7 @@ class PackedLayer(CacheLayerMixin):
         self._keep(states, past)
         before = self.runs.copy(), self.length - self.tail[0].shape[2]
         tail = [torch.cat([old, new], 2) for old, new in zip(self.tail, states, strict=True)]
-        self.length += key_states.shape[2]
+        self._length += key_states.shape[2]
         self.tail = list(tail)
         waits = self._may_wait() and tail[0].shape[2] == 1 and bool(before[0])
         if not waits:
@@ -94,6 +99,7 @@ class PackedLayer(CacheLayerMixin):
         if not (whole and self.length >= rows.until and serves(self.packing, self.stores, rows, self.dtype)):
             return None
         self.steady = Steady(self.packing, self.stores, self.tail, self.kept, rows_of(rows, self.device))
+        self.tail, self.runs = [], []
         return self.steady
 
     def _step(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
@@ -103,14 +109,8 @@ class PackedLayer(CacheLayerMixin):
             raise RuntimeError("the layer is not held steady")
         standing = steady.store(key_states, value_states)
         if steady.clock is None:
-            self.advance()
+            steady.advance()
         return LazyStates(standing, 0), LazyStates(standing, 1)
-
-    def advance(self) -> None:
-        """A layer that is held steady has stored a token more."""
-        if self.steady is not None:
-            self.steady.advance()
-            self.length = self.steady.stored
 
     def _settle(self) -> None:
         """Take the newest tokens out of the ring again, or pack the last step's, if nobody has who read it."""
@@ -121,7 +121,7 @@ class PackedLayer(CacheLayerMixin):
         self.tail, self.runs = steady.tail(), [Run(0, 0, steady.packed)] if steady.packed else []
         for store in self.stores:
             store.used = steady.packed
-        self.steady = None
+        self._length, self.steady = steady.stored, None
 
     def _keep(self, states: tuple[Tensor, Tensor], past: int) -> None:
         """Copy those of a call's tokens that are their row's first ones to `kept`."""
@@ -235,7 +235,7 @@ class PackedLayer(CacheLayerMixin):
         )
 
     def get_seq_length(self) -> int:
-        """How many tokens are stored, kept ones and padding included."""
+        """How many tokens are stored."""
         return self.length
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -252,7 +252,7 @@ class PackedLayer(CacheLayerMixin):
         length = min(tokens_to_remove, self.length) if tokens_to_remove > 0 else max(0, self.length + tokens_to_remove)
         tail_column = self.length - (self.tail[0].shape[2] if self.tail else 0)
         self.tail = [x[:, :, : max(0, length - tail_column)] for x in self.tail]
-        self.length = length
+        self._length = length
         runs = [Run(r.slot, r.column, min(r.length, length - r.column)) for r in self.runs if r.column < length]
         if length < tail_column:
             for store in self.stores:
@@ -268,7 +268,7 @@ class PackedLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget all tokens and give the memory back."""
-        self.length, self.runs, self.stores, self.tail, self.kept, self.steady = 0, [], [], [], [], None
+        self._length, self.runs, self.stores, self.tail, self.kept, self.steady = 0, [], [], [], [], None
         self.is_initialized = False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -314,7 +314,6 @@ class PackedCache(Cache):
     reads the packed tokens block by block; without it every step makes one layer dense at a time. `keep` needs
     `read_packed`, which tells the cache where padded rows begin; an attached artifact tells it by itself.
 
-    Example:
         with ik.read_packed(model):
             model.generate(**inputs, past_key_values=ik.PackedCache(model.config, ik.Packing(bits=4, keep=4)))
     """

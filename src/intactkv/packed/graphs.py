@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import wraps
 from typing import Any, NamedTuple
 
@@ -102,9 +103,7 @@ class Captured:
         steadies = [_held(layer) for layer in self._layers]
         stored, packing = steadies[0].stored, steadies[0].packing
         for steady in steadies:
-            for store in steady.stores:
-                store.reserve(stored + stored // 4 + ROOM)
-            steady.rows = rows_of(call.cache.rows, call.ids.device, call.first)
+            steady.prepare(stored // 4 + ROOM, rows_of(call.cache.rows, call.ids.device, call.first))
         self._clock = torch.zeros(3, dtype=torch.int64, device=call.ids.device)
         self._set_clock(steadies[0])
         self._at = stored
@@ -122,13 +121,10 @@ class Captured:
                 self._clock, RING=steadies[0].size, TOGETHER=packing.together, ROUNDED=packing.own == "rounded"
             )
 
-        for steady in steadies:
-            steady.clock = self._clock
-        try:
-            self._run, self._output = record(step, tick)
-        finally:
+        with ExitStack() as stack:
             for steady in steadies:
-                steady.clock = None
+                stack.enter_context(steady.following(self._clock))
+            self._run, self._output = record(step, tick)
 
     def serves(self, call: CapturedCall) -> bool:
         """Whether the captured step does what is asked for: same buffers, rows and padding, and room for a token."""
@@ -154,7 +150,7 @@ class Captured:
             self._set_clock(steady)
         self._run()
         for layer in self._layers:
-            layer.advance()
+            _held(layer).advance()
         self._at = _held(self._layers[0]).stored
         output = {name: x.clone() if isinstance(x, Tensor) else x for name, x in self._output.items()}
         return type(self._output)(**output)

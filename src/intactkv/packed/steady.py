@@ -7,6 +7,8 @@ rows) first takes the tokens out of the ring again: `PackedLayer` does so.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
@@ -167,6 +169,21 @@ class Steady:
         """A token more is stored."""
         self.packed += self.packing.together if self.due else 0
         self.stored += 1
+
+    def prepare(self, room: int, rows: Tensor | None) -> None:
+        """Buffers for so many tokens more, and rows that begin there: what a CUDA graph holds fast."""
+        for store in self.stores:
+            store.reserve(self.stored + room)
+        self.rows = rows
+
+    @contextmanager
+    def following(self, clock: Int[Tensor, "3"]) -> Iterator[None]:
+        """While it is open, the kernels read on the device where the layer stands, and the host decides nothing."""
+        self.clock = clock
+        try:
+            yield
+        finally:
+            self.clock = None
 
     def tail(self) -> list[Tensor]:
         """The newest tokens out of the ring."""
