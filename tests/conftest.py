@@ -12,9 +12,14 @@ from typing import Any
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # before torch or anything else imports triton
 
+import hypothesis
 import pytest
 import torch
 import transformers
+
+# the same examples every time; --hypothesis-profile=default draws others
+hypothesis.settings.register_profile("suite", derandomize=True)
+hypothesis.settings.load_profile("suite")
 
 DOCS = Path(__file__).parent.parent / "docs"
 FIGURES: dict[str, dict[str, float]] = defaultdict(dict)

@@ -15,6 +15,7 @@ from typing import get_args
 
 import pytest
 import torch
+from command import intactkv
 from models import build, by_name
 from planted import BOS, damaged, planted
 from rich.console import Console
@@ -287,3 +288,9 @@ def test_gpt2s_turned_matrices_are_rounded_along_their_input() -> None:
     assert all(len(column.unique()) <= 8 for column in weight.T)
     assert torch.equal(model.transformer.wte.weight, full.transformer.wte.weight)
     assert not torch.equal(weight, full.transformer.h[0].attn.c_attn.weight)
+
+
+def test_a_folder_is_no_page() -> None:
+    done = intactkv("doctor", "-o", ".")
+    assert done.returncode == 1
+    assert "cannot write .: it is a folder; name a file in it" in done.stderr

@@ -92,7 +92,7 @@ def killed(world: Path, place: Path, commands: dict[str, list[str]], kills: int)
         assert found == {str(p.relative_to(broken)) for p in broken.rglob("*") if p.is_file() and p.suffix != ".tmp"}
         for file in found:
             assert same(whole / file, broken / file), (name, file)
-        assert told[name]["killed"] >= kills / 4, told  # or nothing was tried
+    assert sum(each["killed"] for each in told.values()) >= len(told) * kills / 4, told  # or nothing was tried
     return told
 
 
@@ -131,7 +131,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_few_times(world: Path, tmp_path: Path) -> None:
     few = {name: each for name, each in commands("model", "text", 16).items() if name in ("calibrate", "eval, cached")}
-    killed(world, tmp_path, few, kills=2)
+    killed(world, tmp_path, few, kills=3)
 
 
 @pytest.mark.slow

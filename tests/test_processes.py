@@ -47,6 +47,7 @@ def run(processes: int, w3: Path, out: Path, *more: str | Path) -> tuple[dict[st
     return figures, done.stdout
 
 
+@pytest.mark.slow  # 40 s
 def test_two_processes_measure_what_one_measures_bit_for_bit(w3: Path, tmp_path: Path) -> None:
     one, printed = run(1, w3, tmp_path / "one.json")
     two, said = run(2, w3, tmp_path / "two.json")

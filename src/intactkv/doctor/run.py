@@ -102,7 +102,8 @@ def _models(full: PreTrainedModel, quantized: str | None) -> dict[str, PreTraine
 
 
 def _check_out(out: Path) -> None:
-    check_outputs(out, out.with_suffix(".json"))
+    check_outputs(out)  # first: "." has no name that could get another suffix
+    check_outputs(out.with_suffix(".json"))
     if out.suffix not in (".html", ".htm"):
         raise IntactKVError(f"{out} is no name for a page; let it end in .html")
     try:
