@@ -7,19 +7,22 @@ import os
 import sys
 from collections import defaultdict
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # before torch or anything else imports triton
 
-import hypothesis
 import pytest
 import torch
 import transformers
 
-# the same examples every time; --hypothesis-profile=default draws others
-hypothesis.settings.register_profile("suite", derandomize=True)
-hypothesis.settings.load_profile("suite")
+if find_spec("hypothesis"):  # the engines' environments have none
+    from hypothesis import settings
+
+    # the same examples every time; --hypothesis-profile=default draws others
+    settings.register_profile("suite", derandomize=True)
+    settings.load_profile("suite")
 
 DOCS = Path(__file__).parent.parent / "docs"
 FIGURES: dict[str, dict[str, float]] = defaultdict(dict)
