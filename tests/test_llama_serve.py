@@ -10,11 +10,10 @@ import re
 import signal
 import socket
 import subprocess
-import sys
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -26,9 +25,9 @@ import openai
 import pytest
 import torch
 from aiohttp.test_utils import TestClient, TestServer
+from command import intactkv, serving
 from gguf_model import write_gguf
 from models import greedy, rounded
-from test_cli import intactkv
 from test_llama_cpp import IDS
 from transformers import PreTrainedModel
 
@@ -71,27 +70,6 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
 @cache
 def text() -> list[int]:
     return list(load_tokenizer(MODEL)(TEXT.read_text(encoding="utf-8"), add_special_tokens=False).input_ids)
-
-
-@contextmanager
-def serving(*args: str | Path) -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    """The command in a process of its own; its address, once it says that it serves."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "intactkv.cli", "serve", *map(str, args), "--port", str(port)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    try:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if line.startswith("serving "):
-                break
-        else:
-            raise AssertionError("it ended before it served")
-        yield f"http://127.0.0.1:{port}", process
-    finally:
-        process.terminate()
-        process.wait(60)
 
 
 @asynccontextmanager

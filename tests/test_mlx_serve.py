@@ -6,7 +6,6 @@ import random
 import re
 import socket
 import subprocess
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -25,7 +24,7 @@ import mlx_lm.server
 import numpy as np
 import openai
 import torch
-from command import intactkv
+from command import intactkv, serving
 from mlx_lm import convert, load
 from models import greedy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -72,24 +71,10 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
 
 
 @contextmanager
-def serving(*args: str | Path) -> Iterator[tuple[Any, subprocess.Popen[str]]]:
-    """The command in a process of its own, and a client, once it says that it serves."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "intactkv.cli", "serve", *map(str, args), "--port", str(port)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    try:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if line.startswith("serving "):
-                break
-        else:
-            raise AssertionError("it ended before it served")
-        yield openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=120), process
-    finally:
-        process.terminate()
-        process.wait(60)
+def client_of(*args: str | Path) -> Iterator[tuple[openai.OpenAI, subprocess.Popen[str]]]:
+    """A client of the command that serves, and its process."""
+    with serving(*args) as (url, process):
+        yield openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=120), process
 
 
 def prompts(pair: Pair, count: int) -> list[str]:
@@ -118,7 +103,7 @@ def test_mixed_requests(pair: Pair) -> None:
     with_prefix = [i for i, each in enumerate(ids) if common_prefix(each, pair.kv.ids.tolist()) == len(pair.kv)]
     want = [pair.greedy(each, 8) for each in ids]
     assert sum(want[i] != pair.greedy(ids[i], 8, intact=False) for i in with_prefix[:30]) > 10, "nothing to get wrong"
-    with serving(pair.mlx, "--kv", pair.file) as (client, _):
+    with client_of(pair.mlx, "--kv", pair.file) as (client, _):
 
         def ask(i: int) -> tuple[str, int]:
             given: dict[str, Any] = {"model": "default_model", "prompt": asked[i], "max_tokens": 8, "temperature": 0}
@@ -150,7 +135,7 @@ def test_mixed_requests(pair: Pair) -> None:
 
 def test_requests_that_cannot_be_right(pair: Pair) -> None:
     """Other models, adapters and drafts are refused with a sentence, and the next answer is right."""
-    with serving(pair.mlx, "--kv", pair.file, "--max-tokens", "4") as (client, process):
+    with client_of(pair.mlx, "--kv", pair.file, "--max-tokens", "4") as (client, process):
         for given, sentence in (
             ({"model": "another/model"}, "model='another/model' has no intact rows here"),
             ({"extra_body": {"adapters": "somewhere"}}, "adapters and draft models have no intact rows"),

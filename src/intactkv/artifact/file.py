@@ -99,9 +99,9 @@ def _header(text: str | None, path: Path) -> dict[str, Any]:
     if text is None:
         raise IntactKVError(f"{path} is a safetensors file but no intact KV; write one with `intactkv capture`")
     try:
-        header = json.loads(text)
+        header = from_json(text)
         version, needed = header["version"], {"digest", "fingerprint", "provenance"} - header.keys()
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise IntactKVError(f"{path} has an unreadable header ({error}); capture it again") from error
     if type(version) is not int or version not in _READ:
         raise IntactKVError(

@@ -54,7 +54,7 @@ def capture(
     own logits at prefix positions, the prediction of the first token after the prefix included; those after it are the
     same. The model is left as it was, training mode included. A quantized model, whose keys and values are what an
     intact KV is to replace, is taken only with `allow_quantized`; the provenance then names its quantizer. A path is
-    streamed, its weights read matrix by matrix and never held, where `stream` says so, by default where a folder takes
+    streamed, its weights read matrix by matrix and never held, where `stream` says so, by default where it takes
     more than a quarter of the free memory and accelerate is installed; the result is the same, bit for bit. A streamed
     capture leaves what it has in the file `resume` after each block, goes on from that where it is there already, and
     removes it at the end. The processes of a tensor-parallel model all capture, and all get the whole.

@@ -64,8 +64,8 @@ class Partial:
         self._output = outputs if places is not None else outputs[0]  # type: ignore[assignment]
         numbers = sorted(int(name.partition(".")[2]) for name in tensors if name.startswith("key."))
         self.layers = {i: (tensors[f"key.{i}"], tensors[f"value.{i}"]) for i in numbers}
-        self._store.go_on(json.loads(said["digests"]))
-        self.done = int(said["blocks"])
+        read, self.done = json.loads(said["digests"]), int(said["blocks"])
+        self._store.go_on(read)  # last: a file that is not used has told nothing
 
     @contextmanager
     def followed(self, model: PreTrainedModel, cache: Any) -> Iterator[None]:

@@ -98,8 +98,7 @@ class Repository:
     def _fill(self, file: str, begin: int, into: memoryview) -> None:
         """Bytes from `begin` on, by several requests at once. Raises `IntactKVError` where the Hub gives others."""
         pieces = [(at, into[at : at + _PIECE]) for at in range(0, len(into), _PIECE)]
-        for done in self._pool.map(lambda piece: self._fetch(file, begin + piece[0], piece[1]), pieces):
-            assert done is None
+        list(self._pool.map(lambda piece: self._fetch(file, begin + piece[0], piece[1]), pieces))  # or what they raise
 
     def _fetch(self, file: str, begin: int, into: memoryview) -> None:
         """Bytes from `begin` on; a connection that is cut is taken up where it ended."""
