@@ -153,5 +153,6 @@ def test_many_times_on_the_embedded_model(world: Path, tmp_path: Path, capsys: p
     kv.save(place / "kv")
     (place / "folder").symlink_to(world / "folder")
     told = killed(place, tmp_path, commands(str(MODEL), str(TEXT), 64), kills=10)
+    assert all(each["killed"] >= 10 / 4 for each in told.values()), told
     with capsys.disabled():
         print(json.dumps(told, indent=1))
