@@ -3,8 +3,8 @@
 What it does: cuts a text into windows that begin with [BOS], gives each window's first tokens as a prompt, decodes the
 rest token by token with the text's own tokens through each kind of cache, and compares every next-token distribution
 with the full model's. Decoding is real: every token reads the earlier ones as the cache stores them. Two groups of
-arms: the full model's weights, and weights of 3 bits, with the model's own first tokens or the full model's intact
-[BOS]. What it gives up: one small model, one text; nothing here says how large the effect is on a large model.
+arms: the full model's weights, and a quantized checkpoint's (by default rounded to 3 bits here), with the model's own
+first tokens or the full model's intact [BOS]. What it gives up: short windows, since decoding is one forward a token.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ import typer
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel, QuantizedCache
 
-from intactkv import IntactKV, PackedCache, Packing, attach, bos, capture, read_packed
-from intactkv.checkpoint.load import load_model, load_tokenizer
+from intactkv import IntactKV, PackedCache, Packing, attach, bos, read_packed
+from intactkv.checkpoint.load import load_model_on, load_tokenizer
 from intactkv.demo import MODEL, TEXT
 from intactkv.evaluating import Evaluation, Interval, prefixed_windows
 from intactkv.evaluating.metrics import TokenMetrics, full_metrics, token_metrics
-from intactkv.quantizing import RTN, quantize
+from intactkv.quantizing import PREFIX_KV, RTN, quantize
 from intactkv.texts import read_text
 
 SCHEMES = {
@@ -46,59 +46,72 @@ Make = Callable[[PreTrainedModel], Cache]
 
 
 def main(
+    model: Annotated[str, typer.Option(help="The full-precision model.")] = str(MODEL),
+    quantized: Annotated[Path | None, typer.Option(help="Its checkpoint with a prefix.intactkv of [BOS].")] = None,
+    text: Annotated[Path, typer.Option(help="A UTF-8 text to measure on.")] = TEXT,
     out: Annotated[Path | None, typer.Option(help="Write the tables here instead of printing them.")] = None,
+    bits: Annotated[str, typer.Option(help="Bits of the cache.")] = "4,3,2",
     windows: Annotated[int, typer.Option(help="How many windows of text.")] = 30,
     window: Annotated[int, typer.Option(help="Tokens in one window, prefix included.")] = 128,
     prompt: Annotated[int, typer.Option(help="How many of them are given at once.")] = 32,
+    device: Annotated[str, typer.Option(help="Where models run.")] = "cpu",
 ) -> None:
-    """Measure every kind of cache on the embedded model and print three markdown tables."""
-    full, tokenizer = load_model(MODEL, dtype=torch.float32), load_tokenizer(MODEL)
-    tokens = tokenizer(read_text(TEXT), add_special_tokens=False, verbose=False).input_ids
-    ids = prefixed_windows(tokens, prefix=bos(tokenizer), window=window).ids[:windows]
-    kv = capture(full, bos(tokenizer))
+    """Measure every kind of cache and print three markdown tables."""
+    full, tokenizer = load_model_on(model, device, dtype=torch.float32), load_tokenizer(model)
+    tokens = tokenizer(read_text(text), add_special_tokens=False, verbose=False).input_ids
+    ids = prefixed_windows(tokens, prefix=bos(tokenizer), window=window).ids[:windows].to(full.device)
     with torch.inference_mode():
         reference = full(ids).logits[:, prompt - 1 : -1]
     began, metrics = perf_counter(), {"full": full_metrics(reference, ids[:, prompt:])}
     failures: list[str] = []  # of caches that are not ours
     with tempfile.TemporaryDirectory() as scratch:
-        folder = quantize(MODEL, Path(scratch) / "w3", method=RTN(bits=3, group_size=128, symmetric=False))
-        rounded = load_model(folder, dtype=torch.float32)
-    for name, model, make, intact in arms(full, rounded, kv):
-        print(f"{name} ({perf_counter() - began:.0f} s)", file=sys.stderr)
+        if quantized is None:
+            quantized = quantize(
+                model, Path(scratch) / "w3", method=RTN(3, "auto", symmetric=False), prefix=bos(tokenizer)
+            )
+        rounded = load_model_on(quantized, device, dtype=torch.float32)
+        kv = IntactKV.load(quantized / PREFIX_KV)
+    for name, which, make, intact in arms(full, rounded, kv, [int(width) for width in bits.split(",")]):
         try:
-            logits = decoded(model, make, ids, prompt=prompt, kv=intact)
+            logits = decoded(which, make, ids, prompt=prompt, kv=intact)
         except RuntimeError as error:
             if "QuantizedCache" not in name:
                 raise
             failures.append(f"{name} (bits first) does not run: {error}\n")
             continue
-        metrics[name] = token_metrics(reference, logits, ids[:, prompt:])
+        metrics[name] = token_metrics(reference, logits, ids[:, prompt:]).map(Tensor.cpu)
+        print(f"{name} ({perf_counter() - began:.0f} s)", file=sys.stderr)
+    metrics["full"] = metrics["full"].map(Tensor.cpu)
     found = Evaluation(metrics, {}, (), perf_counter() - began)
     head = f"{len(ids)} windows of {window} tokens, the first {prompt} given at once, the others one by one.\n\n"
     tables = [full_weights_table(found, full), *failures, position_table(found, prompt), low_bit_weights_table(found)]
-    text = head + "\n".join(tables)
-    sys.stdout.write(text) if out is None else out.write_text(text, encoding="utf-8")
+    written = head + "\n".join(tables)
+    sys.stdout.write(written) if out is None else out.write_text(written, encoding="utf-8")
 
 
-def arms(full: Any, rounded: Any, kv: IntactKV) -> Iterator[tuple[str, PreTrainedModel, Make, IntactKV | None]]:
+def arms(
+    full: Any, rounded: Any, kv: IntactKV, widths: list[int]
+) -> Iterator[tuple[str, PreTrainedModel, Make, IntactKV | None]]:
     """Every arm: its name, its model, how to make its cache, and the artifact to attach."""
 
     def packed(packing: Packing) -> Make:
         return lambda model: PackedCache(model.config, packing)
 
-    for bits in (4, 3, 2):
+    for bits in widths:
         for scheme, packing in SCHEMES.items():
             for keep in KEPT:
                 yield f"{bits} {scheme} {keep}", full, packed(replace(packing, bits=bits, keep=keep)), None
     for backend, module, axis, known in (("quanto", "optimum", 0, (4, 2)), ("HQQ", "hqq", 1, (4, 3, 2))):
-        for bits in known if find_spec(module) else ():
+        for bits in set(known) & set(widths) if find_spec(module) else ():
             yield f"{bits} QuantizedCache {backend}", full, stock(backend, bits, axis), None
-    yield "w3 16 own", rounded, lambda model: DynamicCache(config=model.config), None
-    yield "w3 16 intact", rounded, lambda model: DynamicCache(config=model.config), kv
-    for bits in (4, 3, 2):
-        yield f"w3 {bits} rounded", rounded, packed(Packing(bits, keys="per_token")), None
-        yield f"w3 {bits} own", rounded, packed(Packing(bits, keep=1, keys="per_token")), None
-        yield f"w3 {bits} intact", rounded, packed(Packing(bits, keys="per_token")), kv
+    yield "w 16 own", rounded, lambda model: DynamicCache(config=model.config), None
+    yield "w 16 intact", rounded, lambda model: DynamicCache(config=model.config), kv
+    for bits in widths:
+        for scheme in ("per token", "KIVI keys, residual 32"):
+            packing = replace(SCHEMES[scheme], bits=bits)
+            yield f"w {bits} rounded, {scheme}", rounded, packed(packing), None
+            yield f"w {bits} own, {scheme}", rounded, packed(replace(packing, keep=1)), None
+            yield f"w {bits} intact, {scheme}", rounded, packed(packing), kv
 
 
 def stock(backend: str, bits: int, axis: int) -> Make:
@@ -138,7 +151,7 @@ def full_weights_table(found: Evaluation, model: PreTrainedModel) -> str:
         "|---|---|---:|---|---:|---:|---:|---|---:|---|---:|",
     ]
     for name, row in intervals.items():
-        if name == "full" or name.startswith("w3"):
+        if name == "full" or name.startswith("w "):
             continue
         bits, _, scheme = name.partition(" ")
         scheme, _, keep = scheme.rpartition(" ") if scheme[-1].isdigit() else (scheme, "", "–")
@@ -161,25 +174,25 @@ def position_table(found: Evaluation, prompt: int) -> str:
         "|---" + "|---:" * SPANS + "|",
     ]
     for name, metrics in found.metrics.items():
-        if name != "full" and not name.startswith("w3") and not name.endswith(" 16"):
+        if name != "full" and not name.startswith("w ") and not name.endswith(" 16"):
             lines.append(f"| {name} | {' | '.join(f'{metrics.kl[:, a:b].mean():.4f}' for a, b in pairwise(edges))} |")
     return "\n".join(lines) + "\n"
 
 
 def low_bit_weights_table(found: Evaluation) -> str:
-    """Rounded, own and intact [BOS] under weights of 3 bits."""
+    """Rounded, own and intact [BOS] under the checkpoint's weights."""
     intervals = found.intervals()
     lines = [
-        "Weights of 3 bits (round to nearest, groups of 128), cache per token; [BOS] rounded with the others, the "
-        "model's own in full precision, or the full model's intact.\n",
-        "| cache bits | [BOS] | KL mean [95 %] | median | 99 % | 99.9 % | first, last quarter | same top-1, % | "
+        "The checkpoint's weights; [BOS] rounded with the others, the model's own in full precision, or the full "
+        "model's intact.\n",
+        "| cache bits | [BOS], cache | KL mean [95 %] | median | 99 % | 99.9 % | first, last quarter | same top-1, % | "
         "KL removed, % [95 %] |",
         "|---|---|---|---:|---:|---:|---|---:|---|",
     ]
     for name, row in intervals.items():
-        if name.startswith("w3"):
-            _, bits, kind = name.split()
-            base = "w3 16 own" if bits == "16" else f"w3 {bits} rounded"
+        if name.startswith("w "):
+            _, bits, kind = name.split(" ", 2)
+            base = "w 16 own" if bits == "16" else f"w {bits} rounded, {kind.partition(', ')[2]}"
             gain = "–" if name == base else percent(found.gap_closed(own=base, intact=name))
             lines.append(f"| {bits} | {kind} | {cells(found.metrics[name], row)} | {gain} |")
     return "\n".join(lines) + "\n"
