@@ -70,7 +70,8 @@ quantize() {
     local options=(--group-size "$GROUP" --device "$DEVICE" --data "$learn")
     for method in $METHODS; do
         for bits in $BITS; do
-            local cell=(intactkv quantize "$MODEL" --method "$method" --bits "$bits" --asymmetric "${options[@]}")
+            local grid=--asymmetric; [ "$method" != autoround ] || grid=--symmetric
+            local cell=(intactkv quantize "$MODEL" --method "$method" --bits "$bits" $grid "${options[@]}")
             once "quantize-$method-$bits" "${cell[@]}" -o "$OUT/$method-$bits" --plain-prefix
             [[ " $AWARE " != *" $method "* ]] || once "quantize-$method-$bits-aware" "${cell[@]}" -o "$OUT/$method-$bits-aware"
         done
