@@ -1,4 +1,4 @@
-"""Kept launches: the compiled kernel gets what the ordinary launch was given, and only where it was compiled for that."""
+"""Kept launches: a compiled kernel gets what the ordinary launch was given, where it was compiled for that."""
 
 from __future__ import annotations
 

@@ -220,26 +220,60 @@ def _query(query, live, scaling, DIM: tl.constexpr, WIDTH: tl.constexpr, WIDE: t
 
 
 @triton.jit
-def _scores(
-    xs, words, even, odd, scale, low,
-    DIM: tl.constexpr, BITS: tl.constexpr, TOKEN_GROUP: tl.constexpr, EXACT: tl.constexpr, UNIT: tl.constexpr,
-    ASM: tl.constexpr,
-):  # fmt: skip
-    """Codes times query and, for scales per channel, lows times query, `(token, row)`; `scale`, `low` are a group's."""
-    WIDTH: tl.constexpr = 2 if BITS == 3 else BITS
+def _token_scales(scale, low, at, there):
+    """Scales and lows per token."""
+    return tl.load(scale + at, there, 0.0).to(tl.float32), tl.load(low + at, there, 0.0).to(tl.float32)
+
+
+@triton.jit
+def _channel_scales(scale, low, there, DIM: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr):
+    """One group's scales and lows at the places of the words' codes, those of two planes in one number."""
     WORDS: tl.constexpr = DIM * WIDTH // 16
-    u = tl.arange(0, words.shape[1])
-    st = tl.zeros((words.shape[0], xs[0].shape[1]), tl.float32)
-    shift = st
+    u = tl.arange(0, WIDE)
+    inside = u < tl.where(there, WORDS, 0)
+    found = ()
+    for i in tl.static_range(8 // WIDTH):
+        scales = scale.to(tl.pointer_type(tl.uint32)) + (i * WORDS + u)
+        lows = low.to(tl.pointer_type(tl.uint32)) + (i * WORDS + u)
+        found = found + (tl.load(scales, inside, 0), tl.load(lows, inside, 0))  # type: ignore[assignment]  # noqa: RUF005
+    return found
+
+
+@triton.jit
+def _one_of(pair, SECOND: tl.constexpr):
+    """One of two half-precision numbers, in float32."""
+    bits = (pair >> 16 if SECOND else pair).to(tl.uint16)
+    return bits.to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def _scores(ys, words, even, odd, BITS: tl.constexpr, EXACT: tl.constexpr, UNIT: tl.constexpr, ASM: tl.constexpr):
+    """Codes times what `_placed` or `_scaled` made of the query, `(token, row)`."""
+    st = tl.zeros((words.shape[0], ys[0].shape[1]), tl.float32)
+    for i in tl.static_range(16 // (2 if BITS == 3 else BITS)):
+        st = _product(_codes(words, even, odd, i, BITS, UNIT, ASM), ys[i], st, EXACT)
+    return st
+
+
+@triton.jit
+def _placed(xs, WIDTH: tl.constexpr):
+    """The query without the powers of two by which codes of later planes are too large."""
+    out = ()
     for i in tl.static_range(16 // WIDTH):
-        x = xs[i] * (1 / 2 ** (i // 2 * WIDTH))
-        if TOKEN_GROUP > 0:  # into the query, once for this block, which lies within one group
-            at = (i // 2 * 2 * WORDS + i % 2) + 2 * u
-            x *= tl.load(scale + at, u < WORDS, 0.0).to(tl.float32)[:, None]
-            lows = tl.load(low + at, u < WORDS, 0.0)[None, :]
-            shift = _product(tl.broadcast_to(lows, words.shape), xs[i], shift, EXACT)
-        st = _product(_codes(words, even, odd, i, BITS, UNIT, ASM), x, st, EXACT)
-    return st, shift
+        out = out + (xs[i] * (1 / 2 ** (i // 2 * WIDTH)),)  # type: ignore[assignment]  # noqa: RUF005
+    return out
+
+
+@triton.jit
+def _scaled(xs, scales, WIDTH: tl.constexpr):
+    """`_placed` with a group's `_channel_scales` in it, and the group's lows times query, `(row)`."""
+    out = ()
+    shift = tl.zeros(xs[0].shape, tl.float32)
+    for i in tl.static_range(16 // WIDTH):
+        scale = _one_of(scales[i // 2 * 2], i % 2) * (1 / 2 ** (i // 2 * WIDTH))
+        out = out + (xs[i] * scale[:, None],)  # type: ignore[assignment]  # noqa: RUF005
+        shift += xs[i] * _one_of(scales[i // 2 * 2 + 1], i % 2)[:, None]
+    return out, tl.sum(shift, 0)
 
 
 @triton.jit
@@ -301,22 +335,28 @@ def _attend(
     for _ in tl.static_range(16 // WIDTH_V):
         accs = accs + (tl.zeros((WIDE_V, ROWS), tl.float32),)  # type: ignore[assignment]  # noqa: RUF005
     unit = 1e-30
-    for start in range(0, tl.minimum(share, tokens - split * share), BLOCK):
-        t = start + n
-        there = t < tokens - split * share
-        v_s = tl.load(v_scale + t, there, 0.0).to(tl.float32)
-        v_l = tl.load(v_low + t, there, 0.0).to(tl.float32)
+    # scales are loaded a block ahead: nothing else hides how long they are under way
+    left = tokens - split * share
+    v_s, v_l = _token_scales(v_scale, v_low, n, n < left)
+    if TOKEN_GROUP > 0:
+        k_s = _channel_scales(k_scale, k_low, left > 0, DIM, WIDTH, WIDE)
+    else:
+        k_s = _token_scales(k_scale, k_low, n, n < left)
+    for start in range(0, tl.minimum(share, left), BLOCK):
+        t, t_ = start + n, start + BLOCK + n
+        there = t < left
+        v_s_, v_l_ = _token_scales(v_scale, v_low, t_, t_ < left)
         words, even, odd = _words(k_codes, t[:, None], u[None, :], there[:, None], WIDE, DIM, BITS)
         words_v, even_v, odd_v = _words(v_codes, t[None, :], u_v[:, None], there[None, :], WIDE_V, DIM_V, BITS_V)
         if TOKEN_GROUP > 0:
-            g = start // TOKEN_GROUP * DIM
-            st, shift = _scores(xs, words, even, odd, k_scale + g, k_low + g, DIM, BITS, TOKEN_GROUP, EXACT, UNIT, ASM)
-            s = st * (size * UNIT) + shift * size
+            g = (start + BLOCK) // TOKEN_GROUP * DIM
+            k_s_ = _channel_scales(k_scale + g, k_low + g, start + BLOCK < left, DIM, WIDTH, WIDE)
+            ys, shift = _scaled(xs, k_s, WIDTH)
+            s = (_scores(ys, words, even, odd, BITS, EXACT, UNIT, ASM) * UNIT + shift[None, :]) * size
         else:
-            scale = tl.load(k_scale + t, there, 0.0).to(tl.float32)
-            low = tl.load(k_low + t, there, 0.0).to(tl.float32)
-            st, shift = _scores(xs, words, even, odd, k_scale, k_low, DIM, BITS, 0, EXACT, UNIT, ASM)
-            s = st * (size * UNIT * scale)[:, None] + sum_q[None, :] * low[:, None]
+            k_s_ = _token_scales(k_scale, k_low, t_, t_ < left)
+            st = _scores(_placed(xs, WIDTH), words, even, odd, BITS, EXACT, UNIT, ASM)
+            s = st * (size * UNIT * k_s[0])[:, None] + sum_q[None, :] * k_s[1][:, None]
         if CAP:
             s = cap * (2 / (1 + tl.exp(-2 * s / cap)) - 1)
         visible = there & (split * share + t >= first)
@@ -338,6 +378,7 @@ def _attend(
             codes = _codes(words_v, even_v, odd_v, i, BITS_V, UNIT, ASM)
             sums = sums + (_product(codes, w, accs[i] * f, EXACT),)  # type: ignore[assignment]  # noqa: RUF005
         accs = sums
+        v_s, v_l, k_s = v_s_, v_l_, k_s_
     row = (bh * tl.num_programs(0) + split) * rows + r
     peak, total = beside(shares, tl.num_programs(1).to(tl.int64) * tl.num_programs(0) * rows, DIM_V)
     at = shares + row[None, :] * DIM_V + 2 * u_v[:, None]
