@@ -46,7 +46,7 @@ CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 PREFIX = 34  # tokens: what a short system prompt takes
 ROUNDS = 7
-# block, warps, stages, and the waves to try with them (which are not compiled anew): what fits in registers, `kernel.py`
+# block, warps, stages, and the waves to try with them: what fits in registers, see `kernel.py`
 CANDIDATES: list[tuple[tuple[int, int, int], tuple[int, ...]]] = [
     ((64, 1, 2), (8, 16)),
     ((64, 1, 3), (8, 16)),
