@@ -1,6 +1,6 @@
 """Tables and plots of how costs grow, from what `gpu_work.py --only growth` wrote; it needs matplotlib and no GPU.
 
-    python benchmarks/growth_plot.py DIR/gpu_work.json docs/results    # growth-attach.svg …, and Markdown on the screen
+python benchmarks/growth_plot.py DIR/gpu_work.json docs/results    # growth-attach.svg …, and Markdown on the screen
 """
 
 from __future__ import annotations
