@@ -264,10 +264,12 @@ def whole_rows(model: PreTrainedModel, size: Size, batch: int, context: int) -> 
             reading,
             PackedCache(config, Packing(bits=4, residual=32, keys="per_token")),
         ),
+        "packed, 4 bits, keys per channel": (reading, PackedCache(config, Packing(bits=4))),
     }
     if CUDA:
         kinds["packed, 4 bits, CUDA graph"] = (copied(model), PackedCache(config, Packing(bits=4, keys="per_token")))
         kinds["packed, 2 bits, CUDA graph"] = (copied(model), PackedCache(config, Packing(bits=2, keys="per_token")))
+        kinds["packed, 4 bits, keys per channel, CUDA graph"] = (copied(model), PackedCache(config, Packing(bits=4)))
     for backend, module, axis in (("quanto", "optimum", 0), ("hqq", "hqq", 1)):
         if find_spec(module):
             kinds[backend] = (model, QuantizedCache(backend, config, nbits=4, axis_key=axis, axis_value=axis))
