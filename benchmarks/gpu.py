@@ -472,8 +472,8 @@ def tuning(size: Size, bandwidth: float) -> list[dict[str, Any]]:
         pairs = [(twin(k), twin(v)) for _ in range(copies(size, read))]
         kind = []
         for sizes, waves in CANDIDATES if CUDA else [own]:
-            if CUDA and not (sizes[0] <= group if group else sizes[0] >= 64):
-                continue  # a block lies within one group; without groups larger blocks were better throughout
+            if CUDA and not (sizes[0] == group if group else sizes[0] >= 64):
+                continue  # a block lies within one group, and larger ones were better throughout
             for wave in waves:
                 (kernel.BLOCK, kernel.WARPS, kernel.STAGES), kernel.WAVES = sizes, wave
                 seconds = median(turns({"it": graphed([packed_way(query, *pair) for pair in pairs])}, 3)["it"])
