@@ -33,7 +33,7 @@ from intactkv.packed.store import Packed
 ROWS = 8  # the least that a matrix product takes
 UNIT = 2**24 if torch.version.hip is None else 1  # what codes are short of as numbers: as subnormal bits, or nothing
 BLOCK = 64  # tokens
-WARPS, STAGES = 1, 2
+WARPS, STAGES = 1, 3
 WAVES = 8  # programs for each multiprocessor, so that loads of one hide behind the work of others
 
 
