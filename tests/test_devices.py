@@ -6,6 +6,7 @@ are fake ones, whose tensors have devices and no numbers. Where there are two re
 
 from __future__ import annotations
 
+import copy
 import os
 from collections import Counter
 from dataclasses import replace
@@ -192,7 +193,7 @@ def on_two_cards(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
 
 @TWO_CARDS
 def test_two_cards_compute_what_one_computes(trio: Any, tmp_path: Path) -> None:
-    full, whole = trio[0].to("cuda:0"), trio[1].to("cuda:0")
+    full, whole = (copy.deepcopy(model).to("cuda:0") for model in trio[:2])
     kv = capture(full, PREFIX)
     model, spread_full = on_two_cards(whole, tmp_path / "model"), on_two_cards(full, tmp_path / "full")
     assert {p.device.index for p in model.parameters()} == {0, 1}
