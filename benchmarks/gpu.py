@@ -46,11 +46,16 @@ CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 PREFIX = 34  # tokens: what a short system prompt takes
 ROUNDS = 7
-# block, warps, stages, waves: what fits in registers, see `kernel.py`
-CANDIDATES = [
-    *itertools.product((32,), (1,), (2, 3, 4), (8, 12, 16)),
-    *itertools.product((64,), (1,), (2, 3, 4), (8, 16)),
-    *itertools.product((32, 64, 128), (2,), (3,), (4, 8)),
+# block, warps, stages, and the waves to try with them: what fits in registers, see `kernel.py`
+CANDIDATES: list[tuple[tuple[int, int, int], tuple[int, ...]]] = [
+    ((64, 1, 2), (8, 16)),
+    ((64, 1, 3), (8, 16)),
+    ((64, 1, 4), (8,)),
+    ((32, 1, 2), (8, 12, 16)),
+    ((32, 1, 3), (8, 12, 16)),
+    ((32, 1, 4), (8, 12)),
+    ((32, 2, 3), (6, 8)),
+    ((128, 2, 3), (4, 8)),
 ]
 
 
@@ -126,7 +131,7 @@ def packed_figures(size: Size, tune: bool) -> dict[str, Any]:
     print("a model that reads packed tokens against one that reads dense ones", errors["a model's logits"], flush=True)
     bandwidth = copy_bandwidth()
     print(f"copy bandwidth {bandwidth / 1e12:.2f} TB/s", flush=True)
-    tuned = tuning(size) if tune else []
+    tuned = tuning(size, bandwidth) if tune else []
     rows = []
     for context in size.contexts:
         for batch in size.contexts_batches:
@@ -259,10 +264,12 @@ def whole_rows(model: PreTrainedModel, size: Size, batch: int, context: int) -> 
             reading,
             PackedCache(config, Packing(bits=4, residual=32, keys="per_token")),
         ),
+        "packed, 4 bits, keys per channel": (reading, PackedCache(config, Packing(bits=4))),
     }
     if CUDA:
         kinds["packed, 4 bits, CUDA graph"] = (copied(model), PackedCache(config, Packing(bits=4, keys="per_token")))
         kinds["packed, 2 bits, CUDA graph"] = (copied(model), PackedCache(config, Packing(bits=2, keys="per_token")))
+        kinds["packed, 4 bits, keys per channel, CUDA graph"] = (copied(model), PackedCache(config, Packing(bits=4)))
     for backend, module, axis in (("quanto", "optimum", 0), ("hqq", "hqq", 1)):
         if find_spec(module):
             kinds[backend] = (model, QuantizedCache(backend, config, nbits=4, axis_key=axis, axis_value=axis))
@@ -453,31 +460,28 @@ def packed_way(query: Tensor, key: Packed, value: Packed) -> Callable[[], Partia
     return lambda: kernel.packed_attention_gpu(query, key, value, exact=False)
 
 
-def tuning(size: Size) -> list[dict[str, Any]]:
+def tuning(size: Size, bandwidth: float) -> list[dict[str, Any]]:
     """The kernel's time over its sizes, at 16 k tokens; the best for 4 bits per token stay."""
     found: list[dict[str, Any]] = []
     batch, context = (8, 16384) if CUDA else (1, 128)
     query, key, value = fresh(batch, context, size.head_dim)
-    before = kernel.BLOCK, kernel.WARPS, kernel.STAGES, kernel.WAVES
-    for bits, tokens in ((4, 0), (2, 0), (4, 32), (2, 32)):
-        k, v = packed(key, bits, tokens), packed(value, bits)
+    own = (kernel.BLOCK, kernel.WARPS, kernel.STAGES), (kernel.WAVES,)
+    for bits, group in ((4, 0), (2, 0), (4, 32), (2, 32), (4, 64), (2, 64)):
+        k, v = packed(key, bits, group), packed(value, bits)
         read = sum(t.numel() * t.element_size() for x in (k, v) for t in (x.codes, x.scale, x.low))
         pairs = [(twin(k), twin(v)) for _ in range(copies(size, read))]
-        for settings in CANDIDATES if CUDA else [before]:
-            if CUDA and tokens and settings[0] > tokens:
-                continue  # a block lies within one group
-            kernel.BLOCK, kernel.WARPS, kernel.STAGES, kernel.WAVES = settings
-            seconds = median(turns({"it": graphed([packed_way(query, *pair) for pair in pairs])}, 3)["it"])
-            found.append(
-                {"bits": bits, "group": tokens, "settings": settings, "us": 1e6 * seconds, "GB/s": read / seconds / 1e9}
-            )
-        best = sorted((f for f in found if (f["bits"], f["group"]) == (bits, tokens)), key=lambda f: f["us"])
-        print(
-            f"{bits} bits, groups of {tokens or 1}, best (block, warps, stages, waves) first:",
-            *best[:6],
-            sep="\n",
-            flush=True,
-        )
+        kind = []
+        for sizes, waves in CANDIDATES if CUDA else [own]:
+            if CUDA and not (sizes[0] == group if group else sizes[0] >= 64):
+                continue  # a block lies within one group, and larger ones were better throughout
+            for wave in waves:
+                (kernel.BLOCK, kernel.WARPS, kernel.STAGES), kernel.WAVES = sizes, wave
+                seconds = median(turns({"it": graphed([packed_way(query, *pair) for pair in pairs])}, 3)["it"])
+                kind.append({"bits": bits, "group": group, "settings": (*sizes, wave), "us": round(1e6 * seconds, 1),
+                             "of_copy_bandwidth": round(read / seconds / bandwidth, 3)})  # fmt: skip
+        found += kind
+        print(f"{bits} bits, groups of {group or 1}, (block, warps, stages, waves):", flush=True)
+        print(*sorted(kind, key=lambda f: f["us"]), sep="\n", flush=True)
     chosen = min((f for f in found if (f["bits"], f["group"]) == (4, 0)), key=lambda f: f["us"])["settings"]
     kernel.BLOCK, kernel.WARPS, kernel.STAGES, kernel.WAVES = chosen
     print("block, warps, stages, waves:", chosen, flush=True)

@@ -1,11 +1,13 @@
 """Models spread over devices by accelerate: what is computed is what one device computes, bit for bit.
 
 Without GPUs the devices are the CPU, the disk, and memory from which each weight is fetched when it is used; two cards
-are fake ones, whose tensors have devices and no numbers.
+are fake ones, whose tensors have devices and no numbers. Where there are two real ones they are used too.
 """
 
 from __future__ import annotations
 
+import copy
+import os
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -18,9 +20,9 @@ from planted import BOS, damaged, planted
 from test_calibrate import BOTH, QUICK, seen
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from intactkv import IntactKV, IntactKVError, attach, capture
+from intactkv import IntactKV, IntactKVError, PackedCache, Packing, attach, capture, read_packed
 from intactkv.artifact.digest import weights_digest
 from intactkv.attaching.substitute import IntactTensors
 from intactkv.basis.compare import basis
@@ -175,3 +177,63 @@ def test_each_layers_tensors_are_on_that_layers_card_and_moved_there_once() -> N
             assert {(x.device, x.dtype) for x in (key, value)} == {(card, torch.bfloat16)}
             assert intact.like(layer, given, given)[0] is key
         assert intact.ids(card).device == intact.logits(card, torch.bfloat16).device == card
+
+
+TWO_CARDS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are no two GPUs")
+
+
+def on_two_cards(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    """The same model with its layers on two cards in turn."""
+    model.save_pretrained(folder)
+    places: dict[str, int] = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), 0)
+    places |= {f"model.layers.{i}": i % 2 for i in range(model.config.num_hidden_layers)}
+    found: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype, device_map=places)
+    return found.eval()
+
+
+@TWO_CARDS
+def test_two_cards_compute_what_one_computes(trio: Any, tmp_path: Path) -> None:
+    full, whole = (copy.deepcopy(model).to("cuda:0") for model in trio[:2])
+    kv = capture(full, PREFIX)
+    model, spread_full = on_two_cards(whole, tmp_path / "model"), on_two_cards(full, tmp_path / "full")
+    assert {p.device.index for p in model.parameters()} == {0, 1}
+    ids, mask, _ = (x.to("cuda:0") for x in padded([prompts()[0], prompts()[1, :13]], "left"))
+    found = []
+    with torch.no_grad():
+        for each in (whole, model):
+            with attach(each, kv, check=False):
+                logits = each(ids, attention_mask=mask).logits
+                made = each.generate(ids, attention_mask=mask, max_new_tokens=5, do_sample=False)
+            cache = kv.cache(each, 3, check=False)
+            behind = prompts()[:, len(kv) :].to("cuda:0")
+            found.append([x.cpu() for x in (logits, made, each(behind, past_key_values=cache).logits)])
+        assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+        assert capture(spread_full, PREFIX).digest == kv.digest
+    windows = prefixed_windows(prompts(1, 200)[0, 3:].tolist(), prefix=kv.ids, window=24)
+    pairs = ((full, whole), (spread_full, model))
+    one, other = (evaluate(a, [Arm("own", b), Arm("intact", b, kv)], windows) for a, b in pairs)
+    assert torch.equal(one.metrics["intact"].nll.nan_to_num(), other.metrics["intact"].nll.nan_to_num())
+    config = replace(QUICK, objective=BOTH, steps=3)
+    trained, again = (calibrate(kv, b, a, seen(), config=config) for a, b in pairs)
+    for name, tensor in trained.tensors.items():
+        torch.testing.assert_close(again.tensors[name], tensor, atol=1e-5, rtol=1e-4)
+
+
+@TWO_CARDS
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="set TRITON_INTERPRET=0 for kernels on a GPU")
+@torch.no_grad()
+def test_two_cards_read_packed_tokens(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=97, hidden_size=256, intermediate_size=64, num_hidden_layers=4,
+                         num_attention_heads=4, num_key_value_heads=2)  # fmt: skip
+    whole: Any = AutoModelForCausalLM.from_config(config).to("cuda:1").eval()  # not the current card
+    model = on_two_cards(whole, tmp_path)
+    ids, logits = torch.randint(0, 97, (2, 90)), []
+    for each, place in ((whole, "cuda:1"), (model, "cuda:0")):
+        cache = PackedCache(config, Packing(bits=4))
+        with read_packed(each):
+            steps = [each(ids[:, :60].to(place), past_key_values=cache).logits[:, -1:]]
+            steps += [each(ids[:, t : t + 1].to(place), past_key_values=cache).logits for t in range(60, 90)]
+        assert all(layer.steady is not None for layer in cache.layers)  # type: ignore[union-attr]
+        logits.append(torch.cat(steps, 1).cpu())
+    torch.testing.assert_close(*logits, atol=1e-5, rtol=1e-5)

@@ -273,3 +273,11 @@ def test_generating_with_graphs_gives_the_same_tokens(
 def test_graphs_need_a_gpu(model: PreTrainedModel) -> None:
     with pytest.raises(IntactKVError, match="this one is on cpu"):
         read_packed(model, graphs=True)
+
+
+def test_graphs_need_one_gpu(on_gpu: Callable[[bool], None]) -> None:
+    on_gpu(True)
+    spread = built(1)
+    spread.lm_head.to("meta")
+    with pytest.raises(IntactKVError, match="a model on one GPU; this one is on cpu, meta; leave it out"):
+        read_packed(spread, graphs=True)

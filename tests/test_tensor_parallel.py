@@ -1,7 +1,8 @@
 """Tensor-parallel models: several processes with their heads of an intact KV compute what one does with all of them.
 
 The processes run this file as their script: each loads its part of the models and goes through the laws, and the first
-writes what it found.
+writes what it found. Where there are GPUs each process is on one, and they speak through NCCL; more processes than GPUs
+are left out there.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ REFUSED = "llama-gqa"  # over four processes: it has two key heads
 
 def random_model(name: str, seed: int = 0) -> PreTrainedModel:
     by_layer = {"vocab_size_per_layer_input": VOCABULARY} if name in ("gemma3n", "gemma4") else {}
-    return build(by_name(name), seed, vocab_size=VOCABULARY, **by_layer)
+    place: Any = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
+    return build(by_name(name), seed, vocab_size=VOCABULARY, **by_layer).to(place)
 
 
 def loaded(folder: Path, **sizes: int) -> PreTrainedModel:
@@ -67,24 +69,24 @@ def saved(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
 def differ(a: Tensor, b: Tensor) -> float:
     assert torch.isfinite(a).all()
     assert torch.isfinite(b).all()
-    return float((a - b).abs().max())
+    return float((a.cpu() - b.cpu()).abs().max())
 
 
 @torch.no_grad()
 def calls(model: PreTrainedModel, kv: IntactKV | None) -> dict[str, Tensor]:
     """Logits of every kind of call, at real tokens behind the prefix."""
-    ids, size = prompts(), len(PREFIX)
+    ids, size = prompts().to(model.device), len(PREFIX)
     takes_positions = "position_ids" in inspect.signature(model.forward).parameters
     found = {}
     for side in ("left", "right"):
-        together, mask, positions = padded([ids[0], ids[1, :13], ids[2, :9]], side)
+        together, mask, positions = (x.to(ids.device) for x in padded([ids[0], ids[1, :13], ids[2, :9]], side))
         given = {"position_ids": positions} if takes_positions else {}
         out = model(together, attention_mask=mask, **given).logits
         behind = (mask.cumsum(1) > size) & mask.bool()
         found[side] = out[behind]
     found["plain"] = model(ids).logits[:, size:]
     found["without cache"] = model(ids, use_cache=False).logits[:, size:]
-    together, mask, _ = padded([ids[0], ids[1, :13], ids[2, :9]], "left")
+    together, mask, _ = (x.to(ids.device) for x in padded([ids[0], ids[1, :13], ids[2, :9]], "left"))
     for name, more in (("generate", {}), ("static", {"cache_implementation": "static"})):
         if name == "static" and model.config.model_type == "llama4_text":
             continue  # transformers 5.17 itself fails
@@ -94,7 +96,7 @@ def calls(model: PreTrainedModel, kv: IntactKV | None) -> dict[str, Tensor]:
         )  # fmt: skip
         found[name] = torch.stack(out.logits, 1)
     if kv is not None:
-        whole = torch.ones(len(ids), ids.shape[1], dtype=torch.int64)
+        whole = torch.ones_like(ids)
         cache = kv.cache(model, len(ids), check=False)
         found["filled cache"] = model(ids[:, size:], past_key_values=cache, attention_mask=whole).logits
     return found
@@ -103,7 +105,7 @@ def calls(model: PreTrainedModel, kv: IntactKV | None) -> dict[str, Tensor]:
 @torch.no_grad()
 def more_calls(model: PreTrainedModel, kv: IntactKV) -> dict[str, Tensor]:
     """Logits of generating with beams, in chunks, and with a packed cache, read packed and not."""
-    ids, mask, _ = padded([prompts()[0], prompts()[1, :13]], "left")
+    ids, mask, _ = (x.to(model.device) for x in padded([prompts()[0], prompts()[1, :13]], "left"))
 
     def logits(**more: Any) -> Tensor:
         out = model.generate(
@@ -125,8 +127,8 @@ def gradient(model: PreTrainedModel, kv: IntactKV) -> Tensor:
     learned = copy.deepcopy(kv)
     leaves = [tensor.requires_grad_() for pair in learned.layers.values() for tensor in pair]
     with attach(model, learned, check=False):
-        model(prompts()).logits[:, len(kv) :].sum().backward()
-    found = torch.stack([leaf.grad for leaf in leaves if leaf.grad is not None])
+        model(prompts().to(model.device)).logits[:, len(kv) :].sum().backward()
+    found = torch.stack([leaf.grad for leaf in leaves if leaf.grad is not None]).to(model.device)
     if heads_of(model) is not None:
         distributed.all_reduce(found)
     return found
@@ -189,7 +191,10 @@ def process(rank: int, size: int, folder: Path, names: list[str]) -> None:
     """One of `size` processes."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
     store = folder / f"store{size}"
-    distributed.init_process_group("gloo", init_method=store.as_uri(), rank=rank, world_size=size)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(rank)
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    distributed.init_process_group(backend, init_method=store.as_uri(), rank=rank, world_size=size)
     found: dict[str, Any] = {}
     for name in names:
         try:
@@ -212,6 +217,10 @@ def main(folder: Path, jobs: dict[str, list[str]]) -> None:
 
 
 def check(folder: Path, jobs: dict[int, list[str]]) -> None:
+    if torch.cuda.is_available():
+        jobs = {size: names for size, names in jobs.items() if size <= torch.cuda.device_count()}
+    if not jobs:
+        pytest.skip("more processes than GPUs")
     command = [sys.executable, str(Path(__file__)), str(folder), json.dumps(jobs)]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-3000:]

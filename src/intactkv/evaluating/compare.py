@@ -313,13 +313,14 @@ def _block_squares(
             f"arm {name!r} gives {len(hidden)} hidden states and the full model {len(full_hidden)}, or of other "
             "widths; pass block_mse=False"
         )
-    predicting = scored.roll(-1, dims=1)  # token 0 is never scored, so the last position is never set
+    predicting = scored.roll(-1, dims=1).nonzero(as_tuple=True)  # token 0 is never scored, so the last is never set
+    places = {block.device: tuple(index.to(block.device) for index in predicting) for block in hidden[1:]}
     layers = []
     for full_block, block in zip(full_hidden[1:], hidden[1:], strict=True):  # (window, length, hidden)
-        chosen = predicting.to(block.device)
+        chosen = places[block.device]
         error = block[chosen].float() - full_block.to(block.device)[chosen].float()
-        layers.append(error.square().mean(dim=-1).cpu().sum(dtype=torch.float64))
-    return torch.stack(layers)
+        layers.append(error.square().mean(dim=-1).sum(dtype=torch.float64))
+    return torch.stack([layer.cpu() for layer in layers])  # a GPU is waited for once, when all is under way
 
 
 def _generator(seed: int) -> torch.Generator:

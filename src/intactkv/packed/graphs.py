@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from intactkv.error import IntactKVError
 from intactkv.packed.cache import PackedCache, PackedLayer
+from intactkv.packed.launch import on_device
 from intactkv.packed.steady import Steady, rows_of
 
 ROOM = 1024  # tokens for which buffers are made at a capture, and a quarter of what is there
@@ -122,6 +123,7 @@ class Captured:
             )
 
         with ExitStack() as stack:
+            stack.enter_context(on_device(call.ids))
             for steady in steadies:
                 stack.enter_context(steady.following(self._clock))
             self._run, self._output = record(step, tick)

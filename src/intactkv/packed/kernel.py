@@ -27,12 +27,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from intactkv.packed.attention import FLOOR, Partial
+from intactkv.packed.launch import Kept, on_device
 from intactkv.packed.store import Packed
 
 ROWS = 8  # the least that a matrix product takes
 UNIT = 2**24 if torch.version.hip is None else 1  # what codes are short of as numbers: as subnormal bits, or nothing
 BLOCK = 64  # tokens
-WARPS, STAGES = 1, 2
+WARPS, STAGES = 1, 3
 WAVES = 8  # programs for each multiprocessor, so that loads of one hide behind the work of others
 
 
@@ -56,52 +57,64 @@ def packed_attention_gpu(
 ) -> Partial:
     """`packed_attention` in two kernels; `exact` to float32, else to the half precision of the products."""
     batch, head, rows, _ = query.shape
-    shares = attend_shares(query, key, value, len(key), begin=begin, mask=mask, softcap=softcap, exact=exact)
-    out = Partial(*(query.new_empty((batch, head, rows, n), dtype=torch.float32) for n in (value.dim, 1, 1)))
-    splits = shares.acc.shape[2]
-    _merge[(rows, batch * head)](
-        *shares, *out, rows, splits, DIM=value.dim, SPLITS=triton.next_power_of_2(splits), num_warps=4
-    )
+    sharing = Sharing(query, key, value, len(key), begin=begin, mask=mask, softcap=softcap, exact=exact)
+    with on_device(query):
+        shares = sharing(query.contiguous(), len(key))
+        out = Partial(*(query.new_empty((batch, head, rows, n), dtype=torch.float32) for n in (value.dim, 1, 1)))
+        _merge[(rows, batch * head)](
+            shares, *out, rows, sharing.splits, DIM=value.dim, SPLITS=triton.next_power_of_2(sharing.splits),
+            num_warps=4,
+        )  # fmt: skip
     return out
 
 
-def attend_shares(
-    query: Float[Tensor, "batch kv_head row dim"],
-    key: Packed,
-    value: Packed,
-    tokens: int,
-    *,
-    begin: Tensor | None = None,
-    mask: Tensor | None = None,
-    softcap: float | None = None,
-    exact: bool = True,
-    scaling: float = 1.0,
-    clock: Int[Tensor, "3"] | None = None,
-) -> Partial:
-    """Attention over the first `tokens` packed tokens in shares, `(batch, kv_head, share, row, …)`, not yet merged.
+class Sharing:
+    """Attention over packed tokens in shares that are not yet merged, for queries like `query`, again and again.
 
-    `begin` is `(batch,)`, a row's first visible token, or `(batch, 3)`, the rows of `step.py`. With a `clock`, how many
-    tokens are read is what stands in it when the kernel runs, and the shares are made for `tokens` at most.
+    `begin` is `(batch,)`, a row's first visible token, or `(batch, 3)`, the rows of `step.py`. How many tokens are read
+    is said in each call, or stands in `clock` when the kernel runs; the shares are made for `most` of them.
     """
-    batch, head, rows, dim = query.shape
-    block = _block(key)
-    splits, share = _splits(batch * head, tokens, block, query.device)
-    acc = query.new_empty((batch, head, splits, rows, value.dim), dtype=torch.float32)
-    peak, total = (query.new_empty((batch, head, splits, rows), dtype=torch.float32) for _ in range(2))
-    seen = None if mask is None else mask.expand(batch, head, rows, tokens)
-    unit = 1 if exact else UNIT
-    _attend[(splits, batch * head)](
-        query.contiguous(), key.codes, key.scale, key.low, value.codes, value.scale, value.low, begin, seen,
-        acc, peak, total, head, rows, tokens, share, softcap or 0.0,
-        *key.codes.stride()[:2], *key.scale.stride()[:2], *value.codes.stride()[:2], *value.scale.stride()[:2],
-        *((0,) * 4 if seen is None else seen.stride()), scaling, clock,
-        DIM=dim, DIM_V=value.dim, BITS=key.bits, BITS_V=value.bits, TOKEN_GROUP=key.token_group, BLOCK=block,
-        ROWS=max(ROWS, triton.next_power_of_2(rows)), BEGIN=0 if begin is None else begin.ndim,
-        MASK=0 if seen is None else 1 if seen.dtype == torch.bool else 2, CAP=softcap is not None,
-        EXACT=exact, UNIT=unit, ASM=query.is_cuda and unit > 1, CLOCK=clock is not None,
-        num_warps=WARPS, num_stages=STAGES,
-    )  # fmt: skip
-    return Partial(acc, peak, total)
+
+    def __init__(
+        self,
+        query: Float[Tensor, "batch kv_head row dim"],
+        key: Packed,
+        value: Packed,
+        most: int,
+        *,
+        begin: Tensor | None = None,
+        mask: Tensor | None = None,
+        softcap: float | None = None,
+        exact: bool = True,
+        scaling: float = 1.0,
+        clock: Int[Tensor, "3"] | None = None,
+    ) -> None:
+        batch, head, rows, dim = query.shape
+        block = _block(key)
+        self.splits = _splits(batch * head, most, block, query.device)
+        self._numbers = batch * head * self.splits * rows * (value.dim + 2)
+        seen = None if mask is None else mask.expand(batch, head, rows, most)
+        unit = 1 if exact else UNIT
+        self._launch = Kept(
+            _attend, (self.splits, batch * head),
+            (
+                key.codes, key.scale, key.low, value.codes, value.scale, value.low, begin, seen,
+                head, rows, softcap or 0.0,
+                *key.codes.stride()[:2], *key.scale.stride()[:2], *value.codes.stride()[:2], *value.scale.stride()[:2],
+                *((0,) * 4 if seen is None else seen.stride()), scaling, clock,
+            ),
+            DIM=dim, DIM_V=value.dim, BITS=key.bits, BITS_V=value.bits, TOKEN_GROUP=key.token_group, BLOCK=block,
+            ROWS=max(ROWS, triton.next_power_of_2(rows)), BEGIN=0 if begin is None else begin.ndim,
+            MASK=0 if seen is None else 1 if seen.dtype == torch.bool else 2, CAP=softcap is not None,
+            EXACT=exact, UNIT=unit, ASM=query.is_cuda and unit > 1, CLOCK=clock is not None,
+            num_warps=WARPS, num_stages=STAGES,
+        )  # fmt: skip
+
+    def __call__(self, query: Tensor, tokens: int) -> Float[Tensor, "share"]:
+        """The shares over the first `tokens` tokens: sums `(batch, kv_head, split, row, dim_v)`, peaks, totals."""
+        shares = query.new_empty(self._numbers, dtype=torch.float32)
+        self._launch((query, shares), tokens)
+        return shares
 
 
 def _block(key: Packed) -> int:
@@ -112,13 +125,12 @@ def _block(key: Packed) -> int:
     return block
 
 
-def _splits(programs: int, tokens: int, block: int, device: torch.device) -> tuple[int, int]:
-    """Into how many shares the tokens go, and the tokens of one, a multiple of `block`."""
+def _splits(programs: int, tokens: int, block: int, device: torch.device) -> int:
+    """Into how many shares the tokens go."""
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
     blocks = max(1, triton.cdiv(tokens, block))
     wanted = max(1, min(blocks, WAVES * processors // programs, 256))
-    share = triton.cdiv(blocks, wanted)
-    return triton.cdiv(blocks, share), share * block
+    return triton.cdiv(blocks, triton.cdiv(blocks, wanted))
 
 
 @triton.jit
@@ -208,26 +220,60 @@ def _query(query, live, scaling, DIM: tl.constexpr, WIDTH: tl.constexpr, WIDE: t
 
 
 @triton.jit
-def _scores(
-    xs, words, even, odd, scale, low,
-    DIM: tl.constexpr, BITS: tl.constexpr, TOKEN_GROUP: tl.constexpr, EXACT: tl.constexpr, UNIT: tl.constexpr,
-    ASM: tl.constexpr,
-):  # fmt: skip
-    """Codes times query and, for scales per channel, lows times query, `(token, row)`; `scale`, `low` are a group's."""
-    WIDTH: tl.constexpr = 2 if BITS == 3 else BITS
+def _token_scales(scale, low, at, there):
+    """Scales and lows per token."""
+    return tl.load(scale + at, there, 0.0).to(tl.float32), tl.load(low + at, there, 0.0).to(tl.float32)
+
+
+@triton.jit
+def _channel_scales(scale, low, there, DIM: tl.constexpr, WIDTH: tl.constexpr, WIDE: tl.constexpr):
+    """One group's scales and lows at the places of the words' codes, those of two planes in one number."""
     WORDS: tl.constexpr = DIM * WIDTH // 16
-    u = tl.arange(0, words.shape[1])
-    st = tl.zeros((words.shape[0], xs[0].shape[1]), tl.float32)
-    shift = st
+    u = tl.arange(0, WIDE)
+    inside = u < tl.where(there, WORDS, 0)
+    found = ()
+    for i in tl.static_range(8 // WIDTH):
+        scales = scale.to(tl.pointer_type(tl.uint32)) + (i * WORDS + u)
+        lows = low.to(tl.pointer_type(tl.uint32)) + (i * WORDS + u)
+        found = found + (tl.load(scales, inside, 0), tl.load(lows, inside, 0))  # type: ignore[assignment]  # noqa: RUF005
+    return found
+
+
+@triton.jit
+def _one_of(pair, SECOND: tl.constexpr):
+    """One of two half-precision numbers, in float32."""
+    bits = (pair >> 16 if SECOND else pair).to(tl.uint16)
+    return bits.to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def _scores(ys, words, even, odd, BITS: tl.constexpr, EXACT: tl.constexpr, UNIT: tl.constexpr, ASM: tl.constexpr):
+    """Codes times what `_placed` or `_scaled` made of the query, `(token, row)`."""
+    st = tl.zeros((words.shape[0], ys[0].shape[1]), tl.float32)
+    for i in tl.static_range(16 // (2 if BITS == 3 else BITS)):
+        st = _product(_codes(words, even, odd, i, BITS, UNIT, ASM), ys[i], st, EXACT)
+    return st
+
+
+@triton.jit
+def _placed(xs, WIDTH: tl.constexpr):
+    """The query without the powers of two by which codes of later planes are too large."""
+    out = ()
     for i in tl.static_range(16 // WIDTH):
-        x = xs[i] * (1 / 2 ** (i // 2 * WIDTH))
-        if TOKEN_GROUP > 0:  # into the query, once for this block, which lies within one group
-            at = (i // 2 * 2 * WORDS + i % 2) + 2 * u
-            x *= tl.load(scale + at, u < WORDS, 0.0).to(tl.float32)[:, None]
-            lows = tl.load(low + at, u < WORDS, 0.0)[None, :]
-            shift = _product(tl.broadcast_to(lows, words.shape), xs[i], shift, EXACT)
-        st = _product(_codes(words, even, odd, i, BITS, UNIT, ASM), x, st, EXACT)
-    return st, shift
+        out = out + (xs[i] * (1 / 2 ** (i // 2 * WIDTH)),)  # type: ignore[assignment]  # noqa: RUF005
+    return out
+
+
+@triton.jit
+def _scaled(xs, scales, WIDTH: tl.constexpr):
+    """`_placed` with a group's `_channel_scales` in it, and the group's lows times query, `(row)`."""
+    out = ()
+    shift = tl.zeros(xs[0].shape, tl.float32)
+    for i in tl.static_range(16 // WIDTH):
+        scale = _one_of(scales[i // 2 * 2], i % 2) * (1 / 2 ** (i // 2 * WIDTH))
+        out = out + (xs[i] * scale[:, None],)  # type: ignore[assignment]  # noqa: RUF005
+        shift += xs[i] * _one_of(scales[i // 2 * 2 + 1], i % 2)[:, None]
+    return out, tl.sum(shift, 0)
 
 
 @triton.jit
@@ -249,8 +295,8 @@ def _column_sums(x):
 
 @triton.jit(do_not_specialize=["tokens"])
 def _attend(
-    query, k_codes, k_scale, k_low, v_codes, v_scale, v_low, begin, mask, acc, peak, total,
-    heads, rows, tokens, share, cap, kb, kh, ksb, ksh, vb, vh, vsb, vsh, mb, mh, mr, mt, scaling, clock,
+    query, shares, tokens, k_codes, k_scale, k_low, v_codes, v_scale, v_low, begin, mask,
+    heads, rows, cap, kb, kh, ksb, ksh, vb, vh, vsb, vsh, mb, mh, mr, mt, scaling, clock,
     DIM: tl.constexpr, DIM_V: tl.constexpr, BITS: tl.constexpr, BITS_V: tl.constexpr, TOKEN_GROUP: tl.constexpr,
     BLOCK: tl.constexpr, ROWS: tl.constexpr, BEGIN: tl.constexpr, MASK: tl.constexpr, CAP: tl.constexpr,
     EXACT: tl.constexpr, UNIT: tl.constexpr, ASM: tl.constexpr, CLOCK: tl.constexpr,
@@ -258,7 +304,7 @@ def _attend(
     """One head's attention over one share of its packed tokens."""
     if CLOCK:
         tokens = tl.load(clock + 2).to(tl.int32)
-        share = tl.cdiv(tl.cdiv(tokens, BLOCK), tl.num_programs(0)) * BLOCK
+    share = tl.cdiv(tl.cdiv(tokens, BLOCK), tl.num_programs(0)) * BLOCK
     split, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
     b, h = bh // heads, bh % heads
     WIDTH: tl.constexpr = 2 if BITS == 3 else BITS
@@ -289,22 +335,28 @@ def _attend(
     for _ in tl.static_range(16 // WIDTH_V):
         accs = accs + (tl.zeros((WIDE_V, ROWS), tl.float32),)  # type: ignore[assignment]  # noqa: RUF005
     unit = 1e-30
-    for start in range(0, tl.minimum(share, tokens - split * share), BLOCK):
-        t = start + n
-        there = t < tokens - split * share
-        v_s = tl.load(v_scale + t, there, 0.0).to(tl.float32)
-        v_l = tl.load(v_low + t, there, 0.0).to(tl.float32)
+    # scales are loaded a block ahead: nothing else hides how long they are under way
+    left = tokens - split * share
+    v_s, v_l = _token_scales(v_scale, v_low, n, n < left)
+    if TOKEN_GROUP > 0:
+        k_s = _channel_scales(k_scale, k_low, left > 0, DIM, WIDTH, WIDE)
+    else:
+        k_s = _token_scales(k_scale, k_low, n, n < left)
+    for start in range(0, tl.minimum(share, left), BLOCK):
+        t, t_ = start + n, start + BLOCK + n
+        there = t < left
+        v_s_, v_l_ = _token_scales(v_scale, v_low, t_, t_ < left)
         words, even, odd = _words(k_codes, t[:, None], u[None, :], there[:, None], WIDE, DIM, BITS)
         words_v, even_v, odd_v = _words(v_codes, t[None, :], u_v[:, None], there[None, :], WIDE_V, DIM_V, BITS_V)
         if TOKEN_GROUP > 0:
-            g = start // TOKEN_GROUP * DIM
-            st, shift = _scores(xs, words, even, odd, k_scale + g, k_low + g, DIM, BITS, TOKEN_GROUP, EXACT, UNIT, ASM)
-            s = st * (size * UNIT) + shift * size
+            g = (start + BLOCK) // TOKEN_GROUP * DIM
+            k_s_ = _channel_scales(k_scale + g, k_low + g, start + BLOCK < left, DIM, WIDTH, WIDE)
+            ys, shift = _scaled(xs, k_s, WIDTH)
+            s = (_scores(ys, words, even, odd, BITS, EXACT, UNIT, ASM) * UNIT + shift[None, :]) * size
         else:
-            scale = tl.load(k_scale + t, there, 0.0).to(tl.float32)
-            low = tl.load(k_low + t, there, 0.0).to(tl.float32)
-            st, shift = _scores(xs, words, even, odd, k_scale, k_low, DIM, BITS, 0, EXACT, UNIT, ASM)
-            s = st * (size * UNIT * scale)[:, None] + sum_q[None, :] * low[:, None]
+            k_s_ = _token_scales(k_scale, k_low, t_, t_ < left)
+            st = _scores(_placed(xs, WIDTH), words, even, odd, BITS, EXACT, UNIT, ASM)
+            s = st * (size * UNIT * k_s[0])[:, None] + sum_q[None, :] * k_s[1][:, None]
         if CAP:
             s = cap * (2 / (1 + tl.exp(-2 * s / cap)) - 1)
         visible = there & (split * share + t >= first)
@@ -326,8 +378,10 @@ def _attend(
             codes = _codes(words_v, even_v, odd_v, i, BITS_V, UNIT, ASM)
             sums = sums + (_product(codes, w, accs[i] * f, EXACT),)  # type: ignore[assignment]  # noqa: RUF005
         accs = sums
+        v_s, v_l, k_s = v_s_, v_l_, k_s_
     row = (bh * tl.num_programs(0) + split) * rows + r
-    at = acc + row[None, :] * DIM_V + 2 * u_v[:, None]
+    peak, total = beside(shares, tl.num_programs(1).to(tl.int64) * tl.num_programs(0) * rows, DIM_V)
+    at = shares + row[None, :] * DIM_V + 2 * u_v[:, None]
     for i in tl.static_range(16 // WIDTH_V):
         out = accs[i] * (unit * (UNIT / 2 ** (i // 2 * WIDTH_V))) + tl.sum(lows, 0)[None, :]
         tl.store(at + (i // 2 * 2 * WORDS_V + i % 2), out, live[None, :] & (u_v < WORDS_V)[:, None])
@@ -336,19 +390,27 @@ def _attend(
 
 
 @triton.jit
+def beside(shares, count, DIM: tl.constexpr):
+    """Where the peaks and the totals of `count` rows stand behind their sums."""
+    peak = shares + count * DIM
+    return peak, peak + count
+
+
+@triton.jit
 def _merge(
-    acc, peak, total, acc_out, peak_out, total_out, rows, splits, DIM: tl.constexpr, SPLITS: tl.constexpr
+    shares, acc_out, peak_out, total_out, rows, splits, DIM: tl.constexpr, SPLITS: tl.constexpr
 ):  # fmt: skip
     """The splits of one row together."""
     r, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
     s, d = tl.arange(0, SPLITS), tl.arange(0, DIM)
     row = (bh * splits + s) * rows + r
     there = s < splits
+    peak, total = beside(shares, tl.num_programs(1).to(tl.int64) * splits * rows, DIM)
     m = tl.load(peak + row, there, FLOOR_)
     top = tl.max(m, 0)
     faded = tl.exp(m - top)
     whole = tl.sum(faded * tl.load(total + row, there, 0.0), 0)
-    a = tl.load(acc + row[:, None] * DIM + d[None, :], there[:, None], 0.0)
+    a = tl.load(shares + row[:, None] * DIM + d[None, :], there[:, None], 0.0)
     out = bh * rows + r
     tl.store(acc_out + out * DIM + d, tl.sum(a * faded[:, None], 0))
     tl.store(peak_out + out, top)

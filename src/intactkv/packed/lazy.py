@@ -25,8 +25,10 @@ class LazyStates(torch.Tensor):
     @staticmethod
     def __new__(cls, stored: Readable, which: int) -> LazyStates:
         like, tokens = stored.like(which)
-        shape = (*like.shape[:2], tokens, like.shape[3])
-        self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=like.dtype, device=like.device)
+        batch, head, _, dim = like.shape
+        self = torch.Tensor._make_wrapper_subclass(
+            cls, (batch, head, tokens, dim), dtype=like.dtype, device=like.device
+        )
         self.stored, self.which = stored, which
         return self
 

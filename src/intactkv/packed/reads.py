@@ -41,12 +41,15 @@ def read_packed(model: PreTrainedModel, *, compile: bool = False, graphs: bool =
     cache: for many tokens it saves most of a step's time, for a few it costs more than it saves. Models that do not
     call transformers' attention interface still get dense keys and values: right, and slower.
 
-    Raises `IntactKVError` for a model that already reads so, and with `graphs` for one that is not on a GPU.
+    Raises `IntactKVError` for a model that already reads so, and with `graphs` for one that is not on one GPU.
     """
     if graphs and not on_gpu(next(model.parameters())):
         raise IntactKVError(
             f"graphs=True takes a model on an NVIDIA or AMD GPU and Triton; this one is on {model.device}; leave it out"
         )
+    places = sorted({str(parameter.device) for parameter in model.parameters()}) if graphs else []
+    if len(places) > 1:
+        raise IntactKVError(f"graphs=True takes a model on one GPU; this one is on {', '.join(places)}; leave it out")
     if model.config._attn_implementation in (NAME, COMPILED):
         raise IntactKVError("the model already reads packed caches; call .remove() on that handle first")
     return PackedReads(model, COMPILED if compile else NAME, graphs=graphs)

@@ -12,16 +12,21 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from intactkv.error import IntactKVError
+from intactkv.packed.launch import Kept, on_device
 from intactkv.packed.packing import Packing
 from intactkv.packed.readable import Stored
 from intactkv.packed.rows import Rows
-from intactkv.packed.store import Packed, Run, TokenStore
+from intactkv.packed.store import Run, TokenStore
+
+if TYPE_CHECKING:
+    from intactkv.packed.kernel import Sharing
 
 STEADY_ROWS = 64  # queries to a key head that the kernel takes
 
@@ -41,24 +46,20 @@ def capturing() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Standing:
-    """What one call of one layer reads: columns below `read` packed, from there to `stored` in the ring.
+    """What one call of a layer reads: its columns below `read` packed, from there to `stored` in the ring.
 
-    With a `clock` the two numbers are those in it when the kernels run (`step.py`).
+    With a clock the two numbers are those in it when the kernels run (`step.py`).
     """
 
-    buffers: tuple[Packed, Packed]
-    ring: tuple[Float[Tensor, "batch head ring dim"], Float[Tensor, "batch head ring dim_v"]]
-    kept: tuple[Float[Tensor, "batch head kept dim"], Float[Tensor, "batch head kept dim_v"]]
-    rows: Int[Tensor, "batch 3"] | None
+    layer: Steady
     stored: int
     read: int
-    clock: Int[Tensor, "3"] | None
 
     def like(self, which: int) -> tuple[Tensor, int]:
         """As `Stored.like`."""
-        return self.ring[which], self.stored + 1
+        return self.layer.ring[which], self.stored + 1
 
     def dense(self, which: int) -> Float[Tensor, "batch head token dim"]:
         """As `Stored.dense`."""
@@ -69,52 +70,36 @@ class Standing:
     ) -> Tensor | None:
         """As `Readable.in_place`: by the kernels, for one token that sees everything."""
         sees_all = mask is None or capturing()  # `Captured` has run the step before, where the mask was None
-        if not (sees_all and query.shape[2] == 1 and query.shape[1] // self.ring[0].shape[1] <= STEADY_ROWS):
+        if not (sees_all and query.shape[2] == 1 and query.shape[1] // self.layer.ring[0].shape[1] <= STEADY_ROWS):
             return None
-        return self.attend(query, scaling, softcap, sinks)
+        return self.layer.attend(query, self, Scores(scaling, softcap, sinks))
 
     def in_parts(self) -> Stored:
         """As `Readable.in_parts`: for PyTorch's way of reading them."""
-        if self.clock is not None:
+        layer = self.layer
+        if layer.clock is not None:
             raise IntactKVError(
                 "this model's attention reads dense keys and values, which a CUDA graph cannot replay as they grow; "
                 "use read_packed without graphs=True"
             )
-        key, value = self.buffers
+        key, value = (store.buffers for store in layer.stores)
         run = Run(0, 0, self.read)
         runs = ((run, key.slice(0, self.read), value.slice(0, self.read)),) if self.read else ()
-        rows, start, count = self.rows, None, None
+        rows, start, count = layer.rows, None, None
         if rows is not None:
             start = rows[:, 1]
             count = torch.minimum((self.read - start).clamp(min=0), rows[:, 2])
-        tail = unrolled(self.ring, self.read, self.stored + 1)
-        kept = None if rows is None else self.kept
+        tail = unrolled(layer.ring, self.read, self.stored + 1)
+        kept = None if rows is None else layer.kept
         return Stored(runs, tail, self.read, kept, start, count, (0, 0) if rows is None else None, False)
 
-    def attend(
-        self, query: Float[Tensor, "batch head 1 dim"], scaling: float, softcap: float | None, sinks: Tensor | None
-    ) -> Float[Tensor, "batch 1 head dim_v"]:
-        """Attention of one token's queries, not yet scaled, over all tokens."""
-        from intactkv.packed import kernel, step
 
-        (key, value), clock = self.buffers, self.clock
-        batch, heads, _, dim = query.shape
-        kv_heads = key.codes.shape[1]
-        query = query.reshape(batch, kv_heads, heads // kv_heads, dim).contiguous()
-        tokens = len(key) if clock is not None else self.read
-        shares = kernel.attend_shares(
-            query, key, value, tokens, begin=self.rows, softcap=softcap, exact=query.dtype == torch.float32,
-            scaling=scaling, clock=clock,
-        )  # fmt: skip
-        out = query.new_empty((batch, 1, heads, value.dim))
-        splits = shares.acc.shape[2]
-        step.finish[(query.shape[2], batch * kv_heads)](
-            query, *shares, *self.kept, *self.ring, self.rows, sinks, clock, out,
-            self.stored, self.read, kv_heads, query.shape[2], splits, self.kept[0].shape[2], scaling, softcap or 0.0,
-            DIM=dim, DIM_V=value.dim, SPLITS=_power(splits), RING=self.ring[0].shape[2], ROWS=self.rows is not None,
-            SINKS=sinks is not None, CAP=softcap is not None, CLOCK=clock is not None, BLOCK=16,
-        )  # fmt: skip
-        return out
+class Scores(NamedTuple):
+    """What is done to scores: queries are scaled, scores bent by `softcap`, and `sinks` take their share."""
+
+    scaling: float
+    softcap: float | None
+    sinks: Tensor | None
 
 
 class Steady:
@@ -133,6 +118,7 @@ class Steady:
         place = torch.arange(self.packed, self.stored, device=tail[0].device) % self.size
         rings = [x.new_zeros((*x.shape[:2], self.size, x.shape[3])).index_copy_(2, place, x) for x in tail]
         self.ring = rings[0], rings[1]
+        self._launches: dict[Any, Any] = {}  # by what they were made for, as long as buffers, rows and clock stay
 
     @property
     def due(self) -> bool:
@@ -146,24 +132,74 @@ class Steady:
 
     def store(self, key: Tensor, value: Tensor) -> Standing:
         """Store one token `(batch, head, 1, dim)` and say what its call reads; `advance` goes on to the next."""
+        if self.clock is None and self.packed + self.packing.together >= self.stores[0].codes.shape[2]:
+            self._launches.clear()
+            for each in self.stores:
+                each.reserve(self.packed + self.packing.together)
+        key, value = (x if x.stride(3) == 1 else x.contiguous() for x in (key, value))
+        like = (key.dtype, key.stride(), value.stride())
+        launch = self._launches.get(like)
+        if launch is None:
+            launch = self._launches[like] = self._storing(key, value)
+        with on_device(key):
+            launch((key, value), self.stored, self.packed)
+        return Standing(self, self.stored, self.read)
+
+    def _storing(self, key: Tensor, value: Tensor) -> Kept:
         from intactkv.packed import step
 
         keys, values = self.stores
-        if self.due and self.clock is None:
-            for each in self.stores:
-                each.reserve(self.packed + self.packing.together)
         batch, heads = key.shape[:2]
-        key, value = (x if x.stride(3) == 1 else x.contiguous() for x in (key, value))
-        step.store[(batch * heads, 2)](
-            key, value, *self.ring, keys.codes, keys.scale, keys.low, values.codes, values.scale, values.low,
-            self.rows, self.clock, self.stored, self.packed, heads, *key.stride()[:2], *value.stride()[:2],
-            keys.codes.shape[2], values.codes.shape[2],
+        return Kept(
+            step.store, (batch * heads, 2),
+            (
+                *self.ring, keys.codes, keys.scale, keys.low, values.codes, values.scale, values.low,
+                self.rows, self.clock, heads, *key.stride()[:2], *value.stride()[:2],
+                keys.codes.shape[2], values.codes.shape[2],
+            ),
             DIM=key.shape[3], DIM_V=value.shape[3], BITS=keys.bits, GROUP=keys.token_group, RING=self.size,
             TOGETHER=self.packing.together, CLOCK=self.clock is not None, ROWS=self.rows is not None,
             enable_fp_fusion=False,
         )  # fmt: skip
-        buffers = keys.buffers, values.buffers
-        return Standing(buffers, self.ring, self.kept, self.rows, self.stored, self.read, self.clock)
+
+    def attend(
+        self, query: Float[Tensor, "batch head 1 dim"], at: Standing, scores: Scores
+    ) -> Float[Tensor, "batch 1 head dim_v"]:
+        """Attention of one token's queries, not yet scaled, over all tokens."""
+        query = query.contiguous()
+        sinks = None if scores.sinks is None else scores.sinks.data_ptr()
+        like = (query.dtype, query.shape, scores.scaling, scores.softcap, sinks)
+        launches = self._launches.get(like)
+        if launches is None:
+            launches = self._launches[like] = self._attending(query, scores)
+        sharing, finish, shape = launches
+        with on_device(query):
+            shares = sharing(query, at.read)
+            out = query.new_empty(shape)
+            finish((query, shares, out), at.stored, at.read)
+        return out
+
+    def _attending(self, query: Tensor, scores: Scores) -> tuple[Sharing, Kept, tuple[int, ...]]:
+        from intactkv.packed import step
+        from intactkv.packed.kernel import Sharing
+
+        key, value = (store.buffers for store in self.stores)
+        (batch, heads, _, dim), kv_heads = query.shape, key.codes.shape[1]
+        live = heads // kv_heads
+        sharing = Sharing(
+            query.view(batch, kv_heads, live, dim), key, value, len(key), begin=self.rows, softcap=scores.softcap,
+            exact=query.dtype == torch.float32, scaling=scores.scaling, clock=self.clock,
+        )  # fmt: skip
+        finish = Kept(
+            step.finish, (live, batch * kv_heads),
+            (
+                *self.kept, *self.ring, self.rows, scores.sinks, self.clock,
+                kv_heads, live, sharing.splits, self.kept[0].shape[2], scores.scaling, scores.softcap or 0.0,
+            ),
+            DIM=dim, DIM_V=value.dim, SPLITS=_power(sharing.splits), RING=self.size, ROWS=self.rows is not None,
+            SINKS=scores.sinks is not None, CAP=scores.softcap is not None, CLOCK=self.clock is not None, BLOCK=16,
+        )  # fmt: skip
+        return sharing, finish, (batch, 1, heads, value.dim)
 
     def advance(self) -> None:
         """A token more is stored."""
@@ -175,15 +211,18 @@ class Steady:
         for store in self.stores:
             store.reserve(self.stored + room)
         self.rows = rows
+        self._launches.clear()
 
     @contextmanager
     def following(self, clock: Int[Tensor, "3"]) -> Iterator[None]:
         """While it is open, the kernels read on the device where the layer stands, and the host decides nothing."""
         self.clock = clock
+        self._launches.clear()
         try:
             yield
         finally:
             self.clock = None
+            self._launches.clear()
 
     def tail(self) -> list[Tensor]:
         """The newest tokens out of the ring."""

@@ -1,7 +1,7 @@
 """A decoding step of a packed layer on a GPU in three Triton kernels: store a token, attend to packed ones, finish.
 
 `store` puts a token's key and value into the ring of newest tokens, where column c stands at c % ring, and, when the
-ring is full, rounds and packs its oldest ones, bit for bit as `bits.py` does. `kernel.attend_shares` is the second.
+ring is full, rounds and packs its oldest ones, bit for bit as `bits.py` does. `kernel.Sharing` is the second.
 `finish` merges its shares with attention over the kept and the newest tokens and writes the answer.
 
 Where a layer stands is three numbers: columns stored before this step, columns packed before it, columns read packed.
@@ -23,13 +23,13 @@ SLACK, WIDER, SMALLEST = tl.constexpr(bits.SLACK), tl.constexpr(bits.WIDER), tl.
 FLOOR_ = tl.constexpr(FLOOR)
 LOG2E = tl.constexpr(1.4426950408889634)
 ROUNDER = tl.constexpr(1.5 * 2**23)  # adding and subtracting it rounds half to even
-visible_from = kernel.visible_from
+beside = kernel.beside
 
 
 @triton.jit(do_not_specialize=["stored", "packed"])
 def store(
-    key, value, ring_k, ring_v, k_codes, k_scale, k_low, v_codes, v_scale, v_low, rows, clock,
-    stored, packed, heads, kb, kh, vb, vh, room_k, room_v,
+    key, value, stored, packed, ring_k, ring_v, k_codes, k_scale, k_low, v_codes, v_scale, v_low, rows, clock,
+    heads, kb, kh, vb, vh, room_k, room_v,
     DIM: tl.constexpr, DIM_V: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, RING: tl.constexpr,
     TOGETHER: tl.constexpr, CLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -137,8 +137,8 @@ def _group_bytes(at, steps, BITS: tl.constexpr, PLANES: tl.constexpr, WIDE: tl.c
 
 @triton.jit(do_not_specialize=["stored", "read", "splits"])
 def finish(
-    query, acc, peak, total, kept_k, kept_v, ring_k, ring_v, rows, sinks, clock, out,
-    stored, read, heads, live, splits, kept, scaling, cap,
+    query, shares, out, stored, read, kept_k, kept_v, ring_k, ring_v, rows, sinks, clock,
+    heads, live, splits, kept, scaling, cap,
     DIM: tl.constexpr, DIM_V: tl.constexpr, SPLITS: tl.constexpr, RING: tl.constexpr, ROWS: tl.constexpr,
     SINKS: tl.constexpr, CAP: tl.constexpr, CLOCK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -149,6 +149,7 @@ def finish(
         stored, read = tl.load(clock), tl.load(clock + 2)
     d, d_v, s = tl.arange(0, DIM), tl.arange(0, DIM_V), tl.arange(0, SPLITS)
     q = tl.load(query + (bh * live + r) * DIM + d).to(tl.float32) * scaling
+    peak, total = beside(shares, tl.num_programs(1).to(tl.int64) * splits * live, DIM_V)
     m = tl.max(tl.load(peak + (bh * splits + s) * live + r, s < splits, FLOOR_), 0)
     weight, sum_ = 0.0, tl.zeros((DIM_V,), tl.float32)
     for begin in range(0, splits, BLOCK):
@@ -156,7 +157,7 @@ def finish(
         there, at = share < splits, (bh * splits + share) * live + r
         faded = tl.exp2((tl.load(peak + at, there, FLOOR_) - m) * LOG2E)
         weight += tl.sum(faded * tl.load(total + at, there, 0.0), 0)
-        sum_ += tl.sum(faded[:, None] * tl.load(acc + at[:, None] * DIM_V + d_v[None, :], there[:, None], 0.0), 0)
+        sum_ += tl.sum(faded[:, None] * tl.load(shares + at[:, None] * DIM_V + d_v[None, :], there[:, None], 0.0), 0)
     first, kept_here, start = 0, 0, 0
     if ROWS:
         first, start = tl.load(rows + b * 3), tl.load(rows + b * 3 + 1)

@@ -1,0 +1,51 @@
+"""A Triton kernel that is launched again and again, with what the launcher finds out each time found out once.
+
+An ordinary launch binds and types every argument and looks the compiled kernel up, which for thirty arguments takes the
+host longer than a small kernel takes the card. `Kept` makes its first launch so and keeps the compiled kernel, which it
+then launches with addresses in place of tensors.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ALIGNED = 16  # bytes: what the compiler takes for granted of an address once it has seen it
+
+
+class Kept:
+    """`kernel` over `grid`: `tensors` and `numbers` first in its signature and new in every call, then `rest`, the same
+    in every call, then constants of the compiler and options by name, `settings`.
+
+    A kept kernel is right as long as what it was compiled for holds: the caller gives tensors of the same types and
+    strides in every call, `numbers` are integers below 2^31 that the kernel does not specialize, and a tensor that does
+    not begin at a multiple of 16 bytes goes the ordinary way. So does every launch under Triton's interpreter, which
+    compiles nothing.
+    """
+
+    def __init__(self, kernel: Any, grid: tuple[int, int], rest: tuple[Any, ...], **settings: Any) -> None:
+        self._kernel, self._grid, self._rest, self._settings = kernel, (*grid, 1), rest, settings
+        self._compiled: Any = None
+        self._fixed: list[Any] = []
+
+    def __call__(self, tensors: tuple[Tensor, ...], *numbers: int) -> None:
+        addresses = [x.data_ptr() for x in tensors]
+        if self._compiled is not None and not any(address % ALIGNED for address in addresses):
+            self._compiled(*addresses, *numbers, *self._fixed)
+            return
+        compiled = self._kernel[self._grid](*tensors, *numbers, *self._rest, **self._settings)
+        if compiled is not None and not any(address % ALIGNED for address in addresses):
+            constants = self._kernel.arg_names[len(tensors) + len(numbers) + len(self._rest) :]
+            rest = [x.data_ptr() if isinstance(x, Tensor) else x for x in self._rest]
+            self._fixed = [*rest, *(self._settings[name] for name in constants)]
+            self._compiled = compiled[self._grid]
+
+
+def on_device(x: Tensor) -> AbstractContextManager[Any]:
+    """Launches inside go to the card that holds `x`: Triton asks for the current one, whatever tensors it is given."""
+    if x.is_cuda and x.get_device() != torch.cuda.current_device():
+        return torch.cuda.device(x.device)
+    return nullcontext()
