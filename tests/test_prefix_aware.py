@@ -395,18 +395,19 @@ def test_a_repository_without_a_recipe_was_made_for_nothing(
 
 
 def test_an_ordinary_checkpoint_and_one_made_for_its_prefix_in_one_table(tmp_path: Path) -> None:
-    """The second is compared with the first, own and intact, not with itself without its KV."""
+    """It is compared with the one of its quantizer, own and intact; not with itself without its KV, nor with RTN."""
     tokenizer, text = load_tokenizer(MODEL), read_text(TEXT)
     tokens = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
     prefix = bos(tokenizer)
     learned = prefixed_windows(tokens, prefix=prefix, window=64).ids[:8]
+    quantize(MODEL, tmp_path / "rtn", method=RTN(3, "auto"), prefix=prefix)
     for name, weight in (("ordinary", 1.0), ("aware", 0.0)):
         quantize(
             MODEL, tmp_path / name, method=GPTQ(3, "auto"), calibration=learned, prefix=prefix, prefix_weight=weight
         )
     out, seen = tmp_path / "e.json", io.StringIO()
     command.run(
-        [str(tmp_path / "ordinary"), str(tmp_path / "aware")],
+        [str(tmp_path / "rtn"), str(tmp_path / "ordinary"), str(tmp_path / "aware")],
         str(MODEL),
         [tmp_path / "aware" / PREFIX_KV],
         protocol=command.Protocol(TEXT, 64, False, 8, 8, "cpu", "float32"),
@@ -415,10 +416,11 @@ def test_an_ordinary_checkpoint_and_one_made_for_its_prefix_in_one_table(tmp_pat
         console=Console(file=seen, width=200),
     )
     figures = json.loads(out.read_text())
-    kinds = [f"{name} {arm}" for name in ("ordinary", "aware") for arm in ("own", "intact", "bare")]
+    kinds = [f"{name} {arm}" for name in ("rtn", "ordinary", "aware") for arm in ("own", "intact", "bare")]
     assert set(figures["arms"]) == {"full", "full bare", *kinds}
     pairs = [(pair["own"], pair["intact"]) for pair in figures["pairs"]]
     assert pairs == [
+        ("rtn own", "rtn intact"),
         ("ordinary own", "ordinary intact"),
         ("ordinary own", "aware intact"),
         ("ordinary intact", "aware intact"),
@@ -427,4 +429,6 @@ def test_an_ordinary_checkpoint_and_one_made_for_its_prefix_in_one_table(tmp_pat
     assert "aware was made for its intact prefix and is not meant to run with its own." in said
     assert "aware intact against ordinary own:" in said
     assert figures["models"]["aware"]["made_for_prefix"]["weight"] == 0
-    assert len((tmp_path / "rows.md").read_text().strip().splitlines()) == 4
+    rows = (tmp_path / "rows.md").read_text().strip().splitlines()
+    assert [row.split(" | ")[0] for row in rows[2:]] == ["| rtn", "| ordinary", "| aware against ordinary own"]
+    assert rows[4].split(" | ")[2] == rows[3].split(" | ")[2]  # KL own: the ordinary one's, not the first model's

@@ -75,6 +75,13 @@ def made_for_prefix(folder: Path) -> Mapping[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
+def quantizer_settings(folder: Path) -> Mapping[str, Any]:
+    """What a folder's `intactkv.json` says of its quantizer, bits and calibration text, whatever prefix it is for."""
+    return {
+        name: value for name, value in _recipe(folder).items() if name not in ("prefix", "prefix_aware", "versions")
+    }
+
+
 def mark_needing(folder: Path) -> None:
     """Let the checkpoint in `folder`, made for its prefix, name an architecture that no engine serves by accident.
 

@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 
 from intactkv.artifact import IntactKV
+from intactkv.artifact.served import quantizer_settings
 from intactkv.attaching.plain import made_for_prefix
 from intactkv.capturing.live import check_tokenizer
 from intactkv.checkpoint.load import device_named, dtype_named, load_model_on, load_tokenizer
@@ -74,6 +75,7 @@ class Quantized:
     file: Path
     kv: IntactKV
     made_for: Mapping[str, Any] | None  # what its folder says of the prefix that it was made for
+    settings: Mapping[str, Any]  # … and of its quantizer
 
     def arm(self, kind: str, alone: bool) -> str:
         """The arm's name in tables: with the model's where there are several."""
@@ -125,7 +127,8 @@ def run(
         for q in quantized:
             intact = q.arm("intact", len(models) == 1)
             own = next(own for own, other in evaluation.pairs if other == intact)
-            rows.append(row(figures, model=q.name, arms=(own, intact)))
+            name = q.name if own == q.arm("own", len(models) == 1) else f"{q.name} against {own}"
+            rows.append(row(figures, model=name, arms=(own, intact)))
         if outputs.markdown == "-":
             console.print("\n".join((*header(), *rows)), markup=False, highlight=False, soft_wrap=True)
         else:
@@ -158,7 +161,7 @@ def _quantized(models: Sequence[str], kvs: Sequence[Path]) -> list[Quantized]:
     artifacts = {path: IntactKV.from_pretrained(path) for path in dict.fromkeys(kvs)}
     files = list(kvs) * (len(models) if len(kvs) == 1 else 1)
     found = zip(names, models, files, strict=True)
-    return [Quantized(n, m, f, artifacts[f], made_for_prefix(m)) for n, m, f in found]
+    return [Quantized(n, m, f, artifacts[f], made_for_prefix(m), quantizer_settings(Path(m))) for n, m, f in found]
 
 
 def _windows(quantized: Sequence[Quantized], full: str, protocol: Protocol) -> Windows:
@@ -207,17 +210,16 @@ def _kinds(q: Quantized, protocol: Protocol) -> list[tuple[str, IntactKV | None,
 def _pairs(quantized: Sequence[Quantized]) -> tuple[tuple[str, str], ...]:
     """Whose KL is compared with whose: a model with its own prefix against the intact one.
 
-    A model made for its prefix is compared with every ordinary one, own and intact, as long as there is one: its own
-    prefix is not what it was made to be used with.
+    A model made for its prefix is compared with ordinary ones, own and intact, as long as there are any: its own prefix
+    is not what it was made to be used with. Those are the ones of the same quantizer's settings, else all.
     """
     alone = len(quantized) == 1
     ordinary = [q for q in quantized if q.made_for is None]
     pairs = [(q.arm("own", alone), q.arm("intact", alone)) for q in quantized if q.made_for is None or not ordinary]
     for q in quantized:
         if q.made_for is not None:
-            pairs += [
-                (other.arm(kind, alone), q.arm("intact", alone)) for other in ordinary for kind in ("own", "intact")
-            ]
+            alike = [other for other in ordinary if other.settings == q.settings and q.settings] or ordinary
+            pairs += [(other.arm(kind, alone), q.arm("intact", alone)) for other in alike for kind in ("own", "intact")]
     return tuple(pairs)
 
 
