@@ -44,6 +44,7 @@ from intactkv.packed.store import Packed, Run, TokenStore
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
+torch.backends.cuda.enable_cudnn_sdp(False)  # it builds a plan for every length of a growing cache: 8 ms a layer
 PREFIX = 34  # tokens: what a short system prompt takes
 ROUNDS = 7
 # block, warps, stages, and the waves to try with them: what fits in registers, see `kernel.py`
