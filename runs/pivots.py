@@ -95,12 +95,14 @@ def draw(columns: list[Seen], out: Path) -> None:
     """Four rows of small pictures, a column a model; readable on light and dark pages."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(4 * len(columns), 11), layout="constrained")
     FigureCanvasAgg(figure)
     grid: Any = figure.subplots(4, len(columns), sharey="row", squeeze=False)
+    simulated = f"({SIMULATED_BITS} bits)"
     rows = ("first token's largest |hidden|\nover the median token's", "attention that later tokens\ngive the first",
-            "block outputs' error left, %", "KL to the full model, nats")  # fmt: skip
+            f"block outputs' error left, %\n{simulated}", f"KL to the full model\n{simulated}")  # fmt: skip
     for at, column in enumerate(columns):
         ratio, mass, error, kl = grid[:, at]
         ratio.set_title(column.name)
@@ -116,13 +118,13 @@ def draw(columns: list[Seen], out: Path) -> None:
             kl.plot([width * (n + 0.5) for n in range(BINS)], column.kl[arm], color=colour, label=f"{arm} [BOS]")
         for axes, label in zip(grid[:, at], ("layer", "layer", "tokens intact", "position"), strict=True):
             axes.set_xlabel(label)
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
             axes.grid(alpha=0.3)
     for axes, label in zip(grid[:, 0], rows, strict=True):
         axes.set_ylabel(label)
     grid[0, 0].legend(frameon=False)
     grid[3, 0].legend(frameon=False)
     grid[2, 0].set_ylim(0)
-    figure.suptitle(f"Weights rounded to nearest in {SIMULATED_BITS} bits (the two lower rows)", fontsize=10)
     with replacing(out) as temporary:
         figure.savefig(temporary, format="svg", facecolor="white")
 
