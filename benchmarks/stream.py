@@ -1,6 +1,6 @@
 """Streaming a checkpoint of Llama 3 8B's shape: time and memory against `cat`, against loading it, and its depth.
 
-    python benchmarks/stream.py FOLDER [--layers 8,16,32] [--shape dense|experts] [--out FILE.json]
+    python benchmarks/stream.py FOLDER [--layers 8,16,32] [--shape dense|experts] [--remove] [--out FILE.json]
 
 `experts` is Qwen3-30B-A3B's shape: 128 experts a block, 8 for each token; `stream-one` is a prefix of one token.
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -136,6 +137,7 @@ def main() -> None:
     parser.add_argument("--layers", default="8,16,32")
     parser.add_argument("--shape", choices=["dense", "experts"], default="dense")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--remove", action="store_true", help="Delete each checkpoint once it is measured.")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--child")
     given = parser.parse_args()
@@ -173,6 +175,8 @@ def main() -> None:
             for way, runs in told.items()
         }}  # fmt: skip
         print(layers, json.dumps(found[str(layers)], indent=1), flush=True)
+        if given.remove:
+            shutil.rmtree(folder)
     if given.out:
         given.out.write_text(json.dumps(found, indent=1))
 
