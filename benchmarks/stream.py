@@ -1,7 +1,9 @@
 """Streaming a checkpoint of Llama 3 8B's shape: time and memory against `cat`, against loading it, and its depth.
 
-    python benchmarks/stream.py FOLDER [--layers 8,16,32] [--shape dense|experts] [--remove] [--out FILE.json]
+    python benchmarks/stream.py FOLDER [--layers 8,16,32] [--shape dense|experts] [--gpu] [--remove] [--out FILE.json]
 
+With `--gpu`, on one: streamed with and without the next block's upload while this one computes, and loaded onto it by
+`from_pretrained(device_map="cuda")` with one forward; keys and values must be the same, bit for bit.
 `experts` is Qwen3-30B-A3B's shape: 128 experts a block, 8 for each token; `stream-one` is a prefix of one token.
 
 Every measurement is a process of its own on a cold cache (the files' pages are given back before). Peak memory is that
@@ -101,11 +103,15 @@ def child(folder: Path, how: str) -> None:
     from transformers import AutoModelForCausalLM
 
     from intactkv.capturing.live import capture
+    from intactkv.capturing.record import recorded
+    from intactkv.checkpoint import stream
     from intactkv.checkpoint.load import load_model
     from intactkv.checkpoint.stream import load_streamed
 
     way, _, kind = how.partition(" ")
     dtype, process, peak = getattr(torch, kind), psutil.Process(), [0]
+    if way.startswith("gpu"):
+        torch.ones(64, 64, device="cuda").mm(torch.ones(64, 64, device="cuda")).sum().item()  # CUDA and its libraries
     base = process.memory_info().rss
 
     def watch() -> None:
@@ -115,20 +121,41 @@ def child(folder: Path, how: str) -> None:
 
     threading.Thread(target=watch, daemon=True).start()
     began, digest = perf_counter(), None
-    if way == "offload":  # accelerate's disk offload as transformers gives it
+    if way == "gpu-loaded":
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map="cuda").eval()
+        layers = {i: (k[0], v[0]) for i, (k, v) in recorded(model, torch.tensor([PREFIX])).items()}
+        took = perf_counter() - began
+        digest = kv_digest(layers)
+    elif way.startswith("gpu"):
+        if way == "gpu-plain":
+            stream._AHEAD = ()
+        layers = capture(load_streamed(folder, dtype=dtype, device="cuda"), PREFIX, logits=False).layers
+        took = perf_counter() - began
+        digest = kv_digest(layers)
+    elif way == "offload":  # accelerate's disk offload as transformers gives it
         config = json.loads((folder / "config.json").read_text())
         blocks = {f"model.layers.{i}": "disk" for i in range(config["num_hidden_layers"])}
         parts = {"model.embed_tokens": "disk", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "disk"}
-        model: Any = AutoModelForCausalLM.from_pretrained(
+        model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, device_map={**parts, **blocks}, offload_folder=folder.parent / "offload"
         )
         with torch.no_grad():
             model(torch.tensor([PREFIX]), use_cache=True, logits_to_keep=1)
+        took = perf_counter() - began
     else:
         loaded = load_model(folder, dtype=dtype) if way == "live" else load_streamed(folder, dtype=dtype)
         digest = capture(loaded, PREFIX[:1] if way == "stream-one" else PREFIX, logits=False).digest
-    took = perf_counter() - began
-    print(json.dumps({"seconds": took, "MiB": peak[0] / 2**20, "digest": digest}), flush=True)
+        took = perf_counter() - began
+    told = {"seconds": took, "MiB": peak[0] / 2**20, "digest": digest}
+    if way.startswith("gpu"):
+        told["GPU MiB"] = torch.cuda.max_memory_allocated() / 2**20
+    print(json.dumps(told), flush=True)
+
+
+def kv_digest(layers: Any) -> str:
+    from intactkv.artifact.digest import digests, joined
+
+    return joined({}, digests({f"{i}.{n}": each for i, pair in layers.items() for n, each in enumerate(pair)}))
 
 
 def main() -> None:
@@ -136,6 +163,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--layers", default="8,16,32")
     parser.add_argument("--shape", choices=["dense", "experts"], default="dense")
+    parser.add_argument("--gpu", action="store_true")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--remove", action="store_true", help="Delete each checkpoint once it is measured.")
     parser.add_argument("--out", type=Path)
@@ -151,7 +179,10 @@ def main() -> None:
             folder.mkdir(parents=True, exist_ok=True)
             write(folder, given.shape, layers)
         ways = ["cat", "stream bfloat16"]
-        if given.shape == "experts":  # accelerate's offload would write them to the disk first
+        if given.gpu:
+            kinds = ("bfloat16", "float32")
+            ways = ["cat", *(f"gpu-{way} {kind}" for kind in kinds for way in ("ahead", "plain", "loaded"))]
+        elif given.shape == "experts":  # accelerate's offload would write them to the disk first
             ways += ["stream-one bfloat16", "live bfloat16"]
         else:
             ways += ["stream float32", *(["offload bfloat16", "live bfloat16", "live float32"] if turn == 0 else [])]
@@ -175,6 +206,10 @@ def main() -> None:
             for way, runs in told.items()
         }}  # fmt: skip
         print(layers, json.dumps(found[str(layers)], indent=1), flush=True)
+        for kind in ("bfloat16", "float32"):
+            digests = {each["digest"] for way, runs in told.items() if way.endswith(kind) for each in runs} - {None}
+            if len(digests) > 1 and given.shape == "dense":
+                raise SystemExit(f"{kind}: the ways that are compared give different keys and values")
         if given.remove:
             shutil.rmtree(folder)
     if given.out:

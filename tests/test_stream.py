@@ -15,6 +15,7 @@ from test_cli import intactkv
 from intactkv import IntactKV, IntactKVError, capture
 from intactkv.basis.compare import basis, show_noise
 from intactkv.checkpoint import stream
+from intactkv.checkpoint.ahead import Ahead
 from intactkv.checkpoint.load import load_model
 from intactkv.checkpoint.shards import Folder
 from intactkv.checkpoint.stream import load_streamed, streamed
@@ -28,9 +29,13 @@ def on_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stream, "_SLICE", 64)
 
 
+@pytest.mark.parametrize("ahead", [(), ("cpu",)], ids=["", "ahead"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda each: each.name)
-def test_streamed_is_live(architecture: Architecture, tmp_path: Path, on_disk: None) -> None:
-    """Every architecture, from several shards, merged experts included."""
+def test_streamed_is_live(
+    architecture: Architecture, ahead: tuple[str, ...], tmp_path: Path, on_disk: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every architecture, from several shards, merged experts included; with the next block fetched ahead as well."""
+    monkeypatch.setattr(stream, "_AHEAD", ahead)
     build(architecture).save_pretrained(tmp_path, max_shard_size="40KB")
     live = capture(load_model(tmp_path, dtype=torch.float32), PREFIX)
     model = load_streamed(tmp_path, dtype=torch.float32)
@@ -44,6 +49,89 @@ def test_streamed_is_live(architecture: Architecture, tmp_path: Path, on_disk: N
     assert again.provenance["weights"] == kv.provenance["weights"]
     assert without.logits is None
     assert all(torch.equal(a, b) for i in kv.layers for a, b in zip(kv.layers[i], without.layers[i], strict=True))
+
+
+def test_the_next_block_is_fetched_while_one_computes() -> None:
+    """In order, never more than that, and nothing twice."""
+    fetched: list[str] = []
+
+    def fetch(name: str) -> str:
+        fetched.append(name)
+        return name
+
+    ahead = Ahead(["ab", "c", "de"], fetch)
+
+    def settled() -> str:
+        assert ahead.take("z") == "z"  # of no block: comes behind all that is on its way
+        done = "".join(fetched).replace("z", "")
+        fetched.clear()
+        return done
+
+    assert ahead.take("a") == "a"
+    assert settled() == "abc"
+    assert ahead.take("b") == "b"
+    assert settled() == ""
+    assert ahead.take("c") == "c"
+    assert settled() == "de"
+    assert ahead.take("e") == "e"
+    assert ahead.take("e") == "e"  # a module that computes twice
+    assert settled() == "e"
+    assert ahead.take("a") == "a"  # another forward; what nobody took of the last block is forgotten
+    assert settled() == "abc"
+    ahead.stop()
+    assert ahead.take("b") == "b"
+    assert settled() == "abc"
+
+
+def test_what_is_not_fetched_ahead_says_why() -> None:
+    def fetch(name: str) -> str:
+        raise IntactKVError(f"no {name}")
+
+    ahead = Ahead(["ab"], fetch)
+    with pytest.raises(IntactKVError, match="no b"):
+        ahead.take("b")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda each: each.name)
+def test_a_gpu_computes_of_streamed_weights_what_it_does_of_loaded_ones(
+    architecture: Architecture, dtype: torch.dtype, tmp_path: Path, on_disk: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build(architecture).save_pretrained(tmp_path, max_shard_size="40KB")
+    live = capture(load_model(tmp_path, dtype=dtype).cuda(), PREFIX)
+    for ahead in ((), ("cuda",)):
+        monkeypatch.setattr(stream, "_AHEAD", ahead)
+        model = load_streamed(tmp_path, dtype=dtype, device="cuda")
+        kv, again = capture(model, PREFIX), capture(model, PREFIX)
+        assert kv.digest == again.digest == live.digest
+        assert torch.equal(kv.logits, live.logits)  # type: ignore[arg-type]
+        assert kv.provenance["weights"] == again.provenance["weights"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_capture_on_a_gpu_goes_on(
+    tmp_path: Path, on_disk: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    build(by_name("llama-gqa")).save_pretrained(tmp_path / "m", max_shard_size="40KB")
+    model, partial, plain = load_streamed(tmp_path / "m", device="cuda"), tmp_path / "partial", Folder.read
+    whole = capture(model, PREFIX)
+
+    def ends(self: Folder, part: str, rows: slice | None = None) -> torch.Tensor:
+        if ".layers.2." in part:
+            raise Killed
+        return plain(self, part, rows)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Folder, "read", ends)
+        with pytest.raises(Killed):
+            capture(model, PREFIX, resume=partial)
+        streamed(model).later(lambda: None).result()  # type: ignore[union-attr]
+    with caplog.at_level("INFO"):
+        kv = capture(load_streamed(tmp_path / "m", device="cuda"), PREFIX, resume=partial)
+    assert "going on behind block 2" in caplog.text
+    assert kv.digest == whole.digest
+    assert kv.provenance["weights"] == whole.provenance["weights"]
 
 
 @pytest.mark.parametrize("name", ["qwen3-moe", "mixtral", "deepseek-v3", "qwen3-next", "gpt-oss"])

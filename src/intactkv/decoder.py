@@ -27,8 +27,11 @@ def blocks(model: PreTrainedModel) -> list[nn.Module]:
 
 
 def input_device(model: PreTrainedModel) -> torch.device:
-    """Where a model takes its ids: its own device, the CPU where its weights are on the disk."""
-    return torch.device("cpu") if model.device.type == "meta" else model.device
+    """Where a model takes its ids: its own device, where its weights are on the disk the one it computes on."""
+    if model.device.type != "meta":
+        return model.device
+    store: Any = getattr(model, "_intactkv_store", None)
+    return torch.device("cpu") if store is None else store.device
 
 
 def held(module: nn.Module, name: str = "weight") -> Tensor:

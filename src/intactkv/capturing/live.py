@@ -98,6 +98,8 @@ def capture(
         if store is not None and (found := store.not_finite()) is not None:
             raise IntactKVError(f"{model.config.name_or_path}: {found} holds NaN or infinity; get it again") from error
         raise
+    if store is not None:
+        store.end()
     about = fingerprint(model.config), _provenance(model, tokenizer)
     kv = IntactKV(prefix, layers, raw[0] if logits else None, *about)
     if partial is not None:

@@ -30,8 +30,8 @@ class Partial:
     """What blocks have handed on and to their cache, and the digests of what they read.
 
     Blocks that are there already are not run again: the model computes its positions and masks anew, the cache gets
-    their keys and values, and the next block the last one's output. A file of another checkpoint, prefix, dtype or
-    library is not used, nor a spoilt one, as its digest tells. A model whose blocks tell each other more than that
+    their keys and values, and the next block the last one's output. A file of another checkpoint, prefix, dtype, device
+    or library is not used, nor a spoilt one, as its digest tells. A model whose blocks tell each other more than that
     (Gemma 3n and 4) leaves no file.
     """
 
@@ -40,7 +40,7 @@ class Partial:
     ) -> None:
         self._path, self._store = Path(path), store
         versions = {name: version(name) for name in ("torch", "transformers")}
-        about = [store.identity, ids.tolist(), str(model.dtype), type(model).__name__, versions]
+        about = [store.identity, ids.tolist(), str(model.dtype), store.device.type, type(model).__name__, versions]
         self._about, self._told = json.dumps(about, sort_keys=True), False
         self.done, self.layers = 0, dict[int, tuple[Tensor, Tensor]]()
         self._output: list[Tensor | None] | Tensor = []
@@ -81,7 +81,7 @@ class Partial:
                 seen.add(i)
                 if i < first and not again:
                     if i == 0:
-                        cache.restore(self.layers)
+                        cache.restore(self.layers, self._store.device)
                     return self._handed_on()
                 output = plain(*args, **kwargs)
                 more = any(isinstance(each, MutableMapping) and not isinstance(each, Cache) for each in kwargs.values())
@@ -105,17 +105,20 @@ class Partial:
                     vars(block)["forward"] = before
 
     def _handed_on(self) -> Any:
+        def copy(tensor: Tensor) -> Tensor:
+            return tensor.to(self._store.device, copy=True)
+
         if isinstance(self._output, Tensor):
-            return self._output.clone()
-        return tuple(None if each is None else each.clone() for each in self._output)
+            return copy(self._output)
+        return tuple(None if each is None else copy(each) for each in self._output)
 
     def _keep(self, done: int, output: Any, layers: dict[int, tuple[Tensor, Tensor]]) -> None:
         """Leave it in the file, as soon as all that was read so far is hashed."""
         if isinstance(output, Tensor):
-            places, tensors = None, {"output": output.detach().clone()}
+            places, tensors = None, {"output": output.to("cpu", copy=True)}
         elif isinstance(output, tuple) and all(each is None or isinstance(each, Tensor) for each in output):
             places = [None if each is None else f"output.{n}" for n, each in enumerate(output)]
-            tensors = {f"output.{n}": each.detach().clone() for n, each in enumerate(output) if each is not None}
+            tensors = {f"output.{n}": each.to("cpu", copy=True) for n, each in enumerate(output) if each is not None}
         else:
             return
         self.done = done

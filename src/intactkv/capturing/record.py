@@ -83,10 +83,10 @@ class _Recorder(DynamicCache):
             raise _Enough
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
-    def restore(self, layers: Mapping[int, tuple[Tensor, Tensor]]) -> None:
+    def restore(self, layers: Mapping[int, tuple[Tensor, Tensor]], device: torch.device) -> None:
         """What layers handed in in an earlier forward."""
         for i, (key, value) in layers.items():
-            self.update(key, value, i)
+            self.update(key.to(device), value.to(device), i)
 
 
 class Watched(DynamicCache):

@@ -183,13 +183,12 @@ def load_full(
     """A full model by the names of a device and a dtype, as `load_model_on`, or streamed: where `stream` says so, by
     default where it is larger than memory.
 
-    Raises `IntactKVError` as both do, and for a device beside the CPU where it is streamed.
+    Raises `IntactKVError` as both do.
     """
     if not (larger_than_memory(source) if stream is None else stream):
         return load_model_on(source, device, dtype=dtype)
-    if device not in ("auto", "cpu"):
-        raise IntactKVError(f"a checkpoint is streamed on the CPU; leave --device {device} out, or add --no-stream")
-    return load_streamed(source, dtype=dtype_named(dtype, source, torch.device("cpu")))
+    where = device_named(device)
+    return load_streamed(source, dtype=dtype_named(dtype, source, where), device=where)
 
 
 def device_named(name: str) -> torch.device:

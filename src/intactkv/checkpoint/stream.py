@@ -1,9 +1,10 @@
 """A model whose weights stay where they lie: each matrix is read, used and let go while a forward passes through.
 
-The model is transformers' own, on the meta device, and accelerate's offload hooks ask for each module's weights. What
-they would load whole, and a prefix does not need, is done here: of the vocabulary's embeddings only the rows of the ids
+The model is transformers' own, on the meta device, and a hook fetches each module's weights when it computes. What
+that would load whole, and a prefix does not need, is done here: of the vocabulary's embeddings only the rows of the ids
 are read, of the head slices, of experts those that tokens are sent to; what transformers merges on loading is merged
-when a layer asks for it. So a forward needs memory for one matrix, none on the disk, and the time of reading once.
+when a layer asks for it. So a forward needs memory for one matrix, none on the disk, and the time of reading once. On
+a GPU the next block's weights are uploaded while this one computes (`ahead.py`).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import inspect
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
@@ -27,13 +28,17 @@ from transformers import AutoModelForCausalLM, FineGrainedFP8Config, PreTrainedC
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
 from intactkv.artifact.digest import joined, tensor_digest
+from intactkv.checkpoint.ahead import Ahead, Uploads
 from intactkv.checkpoint.remote import Repository, bytes_on_the_hub, in_cache
 from intactkv.checkpoint.shards import LINE, Entry, Folder, Shards, aligned
 from intactkv.checkpoint.source import check_exists, config_of, is_gguf, quantizer, refuse_quantized
+from intactkv.decoder import blocks
 from intactkv.error import IntactKVError, first_line
 
 _SLICE = 8192  # rows of the head at a time
-_HASHED_LATER = 4  # matrices that may wait to be hashed
+_HASHERS = max(1, (os.cpu_count() or 1) // 4)  # threads: one hashes as fast as a disk reads, not as memory
+_HASHED_LATER = 4 * _HASHERS  # matrices that may wait to be hashed
+_AHEAD = ("cuda",)  # where the next block's weights are fetched while this one computes
 
 
 def stored_bytes(source: str | os.PathLike[str]) -> int:
@@ -59,12 +64,14 @@ def streamed(model: PreTrainedModel) -> Store | None:
     return getattr(model, "_intactkv_store", None)
 
 
-def load_streamed(source: str | os.PathLike[str], *, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
+def load_streamed(
+    source: str | os.PathLike[str], *, dtype: torch.dtype | str = "auto", device: torch.device | str = "cpu"
+) -> PreTrainedModel:
     """A causal LM in eval mode from a folder or Hub name of safetensors, whose weights are read at each forward.
 
-    What is not in the Hub's cache is read from the Hub, of each file the bytes that are needed, and not kept. Raises
-    `IntactKVError` for other sources and for quantized ones, where a tensor is missing, unexpected or of another shape,
-    and where accelerate is not installed.
+    It computes on `device`, where the weights go one matrix after the other. What is not in the Hub's cache is read
+    from the Hub, of each file the bytes that are needed, and not kept. Raises `IntactKVError` for other sources and for
+    quantized ones, where a tensor is missing, unexpected or of another shape, and where accelerate is not installed.
     """
     if find_spec("accelerate") is None:
         raise IntactKVError("streaming a checkpoint needs accelerate: pip install 'intactkv[stream]'")
@@ -82,7 +89,7 @@ def load_streamed(source: str | os.PathLike[str], *, dtype: torch.dtype | str = 
     shards: Shards = Repository(str(source)) if here is None else Folder(here)
     try:
         model = _without_weights(config, shards.entries, dtype)
-        model._intactkv_store = Store(model, shards)
+        model._intactkv_store = Store(model, shards, torch.device(device))
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         if isinstance(error, IntactKVError):
             raise
@@ -126,6 +133,12 @@ def _buffers(model: nn.Module) -> Iterator[tuple[Any, str, str]]:
         for name, held in module._buffers.items():
             if held is not None:
                 yield module, name, f"{prefix}.{name}" if prefix else name
+
+
+def _by_block(model: PreTrainedModel) -> list[list[str]]:
+    """The names of every block's parameters."""
+    names = {id(module): name for name, module in model.named_modules()}
+    return [[f"{names[id(block)]}.{name}" for name, _ in block.named_parameters()] for block in blocks(model)]
 
 
 @dataclass
@@ -189,32 +202,48 @@ def _recipes(model: PreTrainedModel, entries: Mapping[str, Entry]) -> dict[str, 
 class Store(Mapping[str, Tensor]):
     """The weights of `model` by name, read when its modules ask for them, and the digest of all that was read."""
 
-    def __init__(self, model: PreTrainedModel, shards: Shards) -> None:
-        from accelerate.hooks import attach_align_device_hook
+    def __init__(self, model: PreTrainedModel, shards: Shards, device: torch.device) -> None:
+        from intactkv.checkpoint.lent import lend_
 
-        self.skip_head, self._hashed = False, True
+        self.device, self.skip_head, self._hashed = device, False, True
         self._model, self._shards = model, shards
         self._recipes = _recipes(model, shards.entries)
+        self._ahead: Ahead | None = None
         self._made: dict[str, Tensor] = {}  # what a conversion has made besides, until it is asked for
         self._shapes = {name: each.shape for name, each in model.state_dict().items()}
+        self._by_expert: dict[int, bool] = {}  # whether a conversion can make one expert's weights, tried once
         self._routed: list[int] | None = None  # the experts that tokens are sent to, while they work
         self._embedding: str | None = None
-        self._pool = ThreadPoolExecutor(1, "sha256")
+        self._pool, self._then = ThreadPoolExecutor(_HASHERS, "sha256"), ThreadPoolExecutor(1, "then")
         self._digests: dict[str, Future[str]] = {}
         self._waiting: deque[Future[str]] = deque(maxlen=_HASHED_LATER)
         for module, name, full in _buffers(model):
-            if name not in module._non_persistent_buffers_set:
-                module._buffers[name] = self[full].to(module._buffers[name].dtype)
+            held = module._buffers[name] if name in module._non_persistent_buffers_set else self[full]
+            module._buffers[name] = held.to(device, module._buffers[name].dtype)
         self._held, self._digests = self._digests, {}
-        shared: Any = model._skip_keys_device_placement  # a copy of a cache would be another cache
-        attach_align_device_hook(model, torch.device("cpu"), offload=True, weights_map=self, skip_keys=shared)
+        lend_(model, self)
         self._read_rows_(model)
         self._read_slices_(model)
-        self._read_routed_(model)
+        routed = self._read_routed_(model)
+        ahead = [[name for name in names if name not in routed] for names in _by_block(model)]
+        if device.type in _AHEAD:
+            send = Uploads(device).send if device.type == "cuda" else lambda tensor: lambda: tensor
+
+            def fetch(name: str) -> tuple[Callable[[], Tensor], dict[str, Tensor]]:
+                weight, read = self._fetch(name)
+                return send(weight), read
+
+            self._ahead = Ahead(ahead, fetch)
 
     def begin(self, *, head: bool, hashed: bool = True) -> None:
         """A forward begins, and nothing has been read yet: without `head` no logits, without `hashed` no digest."""
+        self.end()
         self.skip_head, self._hashed, self._digests = not head, hashed, {}
+
+    def end(self) -> None:
+        """No further block is asked for: none need be on its way."""
+        if self._ahead is not None:
+            self._ahead.stop()
 
     @property
     def digest(self) -> str:
@@ -244,18 +273,38 @@ class Store(Mapping[str, Tensor]):
             self._digests[name].set_result(digest)
 
     def later(self, work: Callable[[], None]) -> Future[None]:
-        """Do it once all that was read so far is hashed."""
-        return self._pool.submit(work)
+        """Do it once all that was read so far is hashed, and what was to be done before is done."""
+        waiting = list(self._waiting)
+
+        def then() -> None:
+            wait(waiting)
+            work()
+
+        return self._then.submit(then)
 
     def __getitem__(self, name: str) -> Tensor:
         recipe = self._recipes[name]
-        if self._routed is not None and (few := self._some(name, recipe, self._routed)) is not None:
-            return few
+        if self._routed is not None and self._apart(name, recipe):
+            return self._some(name, recipe, self._routed)
+        if self._ahead is None:
+            weight, read = self._fetch(name)
+            weight = weight.to(self.device)
+        else:
+            receive, read = self._ahead.take(name)
+            weight = receive()
+        for part, tensor in read.items():
+            self._hash(part, tensor)
+        return weight
+
+    def _fetch(self, name: str) -> tuple[Tensor, dict[str, Tensor]]:
+        """A weight in memory, of the type that the files give it, and the tensors that were read to make it."""
+        read = dict[str, Tensor]()
         if name not in self._made:
-            read = {part: self._read(part) for part, _ in recipe.parts}
+            recipe = self._recipes[name]
+            read = {part: self._shards.read(part) for part, _ in recipe.parts}
             made = recipe.make(read, self._model)
             self._made = made if name in made else {name: next(iter(made.values()))}  # a tied one's other name
-        return self._made.pop(name)  # and the hook makes it of its place's type
+        return self._made.pop(name), read
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._recipes)
@@ -270,33 +319,43 @@ class Store(Mapping[str, Tensor]):
     def _read(self, part: str, rows: slice | None = None) -> Tensor:
         """A tensor of the checkpoint, or some of its rows, as stored."""
         stored = self._shards.read(part, rows)
-        name = part if rows is None else f"{part}[{rows.start}:{rows.stop}]"
+        self._hash(part if rows is None else f"{part}[{rows.start}:{rows.stop}]", stored)
+        return stored
+
+    def _hash(self, name: str, stored: Tensor) -> None:
         if self._hashed and name not in self._digests:
-            if len(self._waiting) == _HASHED_LATER:  # they are hashed in order
+            if len(self._waiting) == _HASHED_LATER:
                 self._waiting[0].result()
             self._digests[name] = self._pool.submit(tensor_digest, stored)
             self._waiting.append(self._digests[name])
-        return stored
 
-    def _some(self, name: str, recipe: Recipe, experts: list[int]) -> Tensor | None:
-        """Experts' weights, in which only some are read and others are zeros; None where they cannot be told apart."""
+    def _apart(self, name: str, recipe: Recipe) -> bool:
+        """Whether experts' weights are one tensor here, of which each expert's can be made alone."""
         shape = self._shapes[name]
-        if len(shape) != 3:
-            return None
+        if len(shape) != 3 or recipe.converter is None:
+            return len(shape) == 3
+        if (known := self._by_expert.get(id(recipe.converter))) is None:
+            one = recipe.of([0])
+            shapes = {part: torch.empty(self._shards.entries[part].shape, device="meta") for part, _ in one.parts}
+            told = {each: tuple(tensor.shape) for each, tensor in one.make(shapes, self._model).items()}
+            known = self._by_expert[id(recipe.converter)] = told == {name: (1, *shape[1:])}
+        return known
+
+    def _some(self, name: str, recipe: Recipe, experts: list[int]) -> Tensor:
+        """Experts' weights, in which only some are read and others are zeros."""
+        shape = self._shapes[name]
         if recipe.converter is None:
-            read = [self._read(recipe.parts[0][0], slice(i, i + 1)) for i in experts]
-            made = {name: torch.cat(read)}
+            made = torch.cat([self._read(recipe.parts[0][0], slice(i, i + 1)) for i in experts])
         else:
             few = recipe.of(experts)
-            shapes = {part: torch.empty(self._shards.entries[part].shape, device="meta") for part, _ in few.parts}
-            told = {each: tuple(tensor.shape) for each, tensor in few.make(shapes, self._model).items()}
-            if told != {name: (len(experts), *shape[1:])}:
-                return None
-            made = few.make({part: self._read(part) for part, _ in few.parts}, self._model)
-        size = shape.numel() * recipe.dtype.itemsize
-        memory = torch.from_numpy(numpy.zeros(size + LINE, "uint8"))  # pages that nobody writes take no memory
-        whole = aligned(memory, size, 0).view(recipe.dtype).view(shape)
-        whole[experts] = made[name].to(recipe.dtype)
+            made = few.make({part: self._read(part) for part, _ in few.parts}, self._model)[name]
+        if self.device.type == "cpu":
+            size = shape.numel() * recipe.dtype.itemsize
+            memory = torch.from_numpy(numpy.zeros(size + LINE, "uint8"))  # pages that nobody writes take no memory
+            whole = aligned(memory, size, 0).view(recipe.dtype).view(shape)
+        else:
+            whole = torch.zeros(shape, dtype=recipe.dtype, device=self.device)
+        whole[experts] = made.to(self.device, recipe.dtype)
         return whole
 
     def _taken_over(self, model: PreTrainedModel, module: nn.Module) -> str | None:
@@ -323,12 +382,12 @@ class Store(Mapping[str, Tensor]):
     def _read_rows_of_(self, module: Any, name: str) -> None:
         plain, padding = type(module).forward, module.padding_idx
         # not "meta", where Llama 4 would put the ids; it takes no memory, and whoever reads it sees that it is none
-        nowhere = torch.full((), torch.nan, dtype=module.weight.dtype).expand(module.weight.shape)
+        nowhere = torch.full((), torch.nan, dtype=module.weight.dtype, device=self.device).expand(module.weight.shape)
         module.weight = placeholder = nn.Parameter(nowhere, requires_grad=False)
 
         def forward(ids: Int[Tensor, "*token"]) -> Tensor:
             unique, places = ids.unique(return_inverse=True)
-            rows = torch.cat([self._read(name, slice(i, i + 1)) for i in unique.tolist()]).to(nowhere.dtype)
+            rows = torch.cat([self._read(name, slice(i, i + 1)) for i in unique.tolist()]).to(nowhere)
             module.weight, module.padding_idx = nn.Parameter(rows, requires_grad=False), None
             try:
                 return plain(module, places)
@@ -342,7 +401,8 @@ class Store(Mapping[str, Tensor]):
         module: Any = model.get_output_embeddings()
         if type(module) is not nn.Linear or module.bias is not None:
             return
-        vocabulary, dtype = module.weight.shape[0], module.weight.dtype
+        shape, dtype = module.weight.shape, module.weight.dtype
+        vocabulary = shape[0]
         name = self._taken_over(model, module)
         if name is None:
             return
@@ -351,18 +411,27 @@ class Store(Mapping[str, Tensor]):
             if self.skip_head:
                 return hidden[..., :1]
             cuts = [slice(i, min(i + _SLICE, vocabulary)) for i in range(0, vocabulary, _SLICE)]
-            return torch.cat([nn.functional.linear(hidden, self._read(name, cut).to(dtype)) for cut in cuts], -1)
+            if self.device.type == "cpu":
+                return torch.cat([nn.functional.linear(hidden, self._read(name, cut).to(dtype)) for cut in cuts], -1)
+            whole = torch.empty(shape, dtype=dtype, device=self.device)  # a GPU's products depend on their width
+            for cut in cuts:
+                whole[cut] = self._read(name, cut).to(self.device)
+            return nn.functional.linear(hidden, whole)
 
         module.forward = forward
 
-    def _read_routed_(self, model: PreTrainedModel) -> None:
-        """Of experts whose weights are one tensor, a call reads those that its router names."""
-        for module in model.modules():
-            if not any(each.ndim == 3 for each in module.parameters(recurse=False)):
+    def _read_routed_(self, model: PreTrainedModel) -> set[str]:
+        """Of experts whose weights are one tensor, a call reads those that its router names; the names of all those."""
+        found = set[str]()
+        for path, module in model.named_modules():
+            own = dict(module.named_parameters(recurse=False))
+            if not any(each.ndim == 3 for each in own.values()):
                 continue
             arguments = list(inspect.signature(type(module).forward).parameters)[1:]
             if name := next((each for each in ("top_k_index", "router_indices") if each in arguments), None):
-                self._follow_router_(module, name, arguments.index(name), len(next(module.parameters(recurse=False))))
+                self._follow_router_(module, name, arguments.index(name), len(next(iter(own.values()))))
+                found |= {f"{path}.{each}" for each in own}
+        return found
 
     def _follow_router_(self, module: Any, name: str, place: int, count: int) -> None:
         plain = module.forward
