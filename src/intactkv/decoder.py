@@ -43,32 +43,31 @@ def held(module: nn.Module, name: str = "weight") -> Tensor:
 
 
 @contextmanager
-def recorded_inputs(model: PreTrainedModel) -> Iterator[dict[int, Tensor]]:
-    """While it is open, each forward leaves every block's input `(batch, token, hidden)` in the dictionary."""
-    inputs: dict[int, Tensor] = {}
+def watched_inputs(model: PreTrainedModel, look: Callable[[int, Tensor], None]) -> Iterator[None]:
+    """While it is open, `look(layer, input)` is shown every block's input `(batch, token, hidden)`, none is kept."""
 
-    def record(i: int) -> Any:
+    def watch(i: int) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            inputs[i] = (args[0] if args else kwargs["hidden_states"]).detach().clone()
+            look(i, (args[0] if args else kwargs["hidden_states"]).detach())
 
         return hook
 
-    hooks = [b.register_forward_pre_hook(record(i), with_kwargs=True) for i, b in enumerate(blocks(model))]
+    hooks = [b.register_forward_pre_hook(watch(i), with_kwargs=True) for i, b in enumerate(blocks(model))]
     try:
-        yield inputs
+        yield
     finally:
         for hook in hooks:
             hook.remove()
 
 
 @contextmanager
-def forced_inputs(model: PreTrainedModel, inputs: dict[int, Tensor]) -> Iterator[None]:
-    """While it is open, every block reads `inputs[i]` instead of what the block before it wrote."""
+def forced_inputs(model: PreTrainedModel, give: Callable[[int], Tensor]) -> Iterator[None]:
+    """While it is open, every block reads `give(layer)` instead of what the block before it wrote."""
 
     def force(i: int) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             given = args[0] if args else kwargs["hidden_states"]
-            replaced = inputs[i].to(given.device, given.dtype)
+            replaced = give(i).to(given.device, given.dtype)
             return ((replaced, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": replaced})
 
         return hook

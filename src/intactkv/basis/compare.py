@@ -28,7 +28,7 @@ from intactkv.artifact.door import errors_by_layer, refuse_other_basis
 from intactkv.basis.relate import FLOOR, MIXED, REFUSE, Halves, Kind, nearest_rotation, relate, rescaled, slopes
 from intactkv.capturing.record import recorded
 from intactkv.checkpoint.stream import streamed
-from intactkv.decoder import forced_inputs, held, recorded_inputs
+from intactkv.decoder import forced_inputs, held, watched_inputs
 from intactkv.error import IntactKVError
 
 
@@ -76,13 +76,16 @@ def show_noise(full: PreTrainedModel, *, windows: Int[Tensor, "window token"] | 
         windows = torch.randint(vocab, (8, 128), generator=torch.Generator().manual_seed(0))
     if (store := streamed(full)) is not None:
         store.begin(head=False, hashed=False)
-    with torch.no_grad(), recorded_inputs(full) as read:
+    inputs: dict[int, tuple[torch.Size, float, torch.dtype]] = {}
+
+    def look(i: int, x: Tensor) -> None:
+        inputs[i] = (x.shape, float(x.float().square().mean().sqrt()), x.dtype)
+
+    with torch.no_grad(), watched_inputs(full, look):
         recorded(full, windows)
-    inputs = {i: (x.shape, float(x.float().square().mean().sqrt()), x.dtype) for i, x in read.items()}
-    read.clear()
     layers = []
     for half in (0, 1):
-        with torch.no_grad(), forced_inputs(full, _noise(inputs, half)):
+        with torch.no_grad(), forced_inputs(full, lambda i, half=half: _noise(inputs[i], i, half)):  # type: ignore[misc]
             layers.append(recorded(full, windows))
     return Shown(windows, inputs, layers, _embeddings(full))
 
@@ -96,13 +99,17 @@ def basis(
     different layers, heads or widths.
     """
     shown = full if isinstance(full, Shown) else show_noise(full, windows=windows)
+    if (store := streamed(model)) is not None:
+        store.begin(head=False, hashed=False)
     rotation = residual_rotation(shown.embeddings, _embeddings(model))
     theirs = []
     for half in (0, 1):
-        noise = _noise(shown.inputs, half)
-        if rotation is not None:
-            noise = {i: (x.double() @ rotation).to(x.dtype) for i, x in noise.items()}
-        with torch.no_grad(), forced_inputs(model, noise):
+
+        def give(i: int, half: int = half) -> Tensor:
+            noise = _noise(shown.inputs[i], i, half)
+            return noise if rotation is None else (noise.double() @ rotation).to(noise.dtype)
+
+        with torch.no_grad(), forced_inputs(model, give):
             theirs.append(recorded(model, shown.windows))
     _check_shapes(shown.layers[0], theirs[0])
     relations = []
@@ -116,16 +123,14 @@ def basis(
     return relations
 
 
-def _noise(inputs: dict[int, tuple[torch.Size, float, torch.dtype]], half: int) -> dict[int, Tensor]:
-    """White noise of each input's shape and size in one half of the hidden channels, 0 in the other."""
-    noise = {}
-    for i, (shape, size, dtype) in inputs.items():
-        white = torch.randn(shape, generator=torch.Generator().manual_seed(2 * i + half)) * size
-        middle = shape[-1] // 2
-        white[..., middle:] *= half
-        white[..., :middle] *= 1 - half
-        noise[i] = white.to(dtype)
-    return noise
+def _noise(read: tuple[torch.Size, float, torch.dtype], layer: int, half: int) -> Tensor:
+    """White noise of the shape and size of what a layer read, in one half of the hidden channels, 0 in the other."""
+    shape, size, dtype = read
+    white = torch.randn(shape, generator=torch.Generator().manual_seed(2 * layer + half)) * size
+    middle = shape[-1] // 2
+    white[..., middle:] *= half
+    white[..., :middle] *= 1 - half
+    return white.to(dtype)
 
 
 def _rows(halves: list[dict[int, tuple[Tensor, Tensor]]], layer: int, part: int) -> Halves:
