@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import io
+import logging as logs
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from importlib import import_module
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,12 @@ from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationMethod
 
 from intactkv.attaching.plain import warn_when_plain_
+from intactkv.checkpoint.compressed import check_packing, online_transforms
 from intactkv.checkpoint.source import check_exists, config_of, holds_floats, located, weight_files
-from intactkv.checkpoint.stream import larger_than_memory, load_streamed
+from intactkv.checkpoint.stream import CannotStream, larger_than_memory, load_streamed
 from intactkv.error import IntactKVError, first_line
+
+log = logs.getLogger(__name__)
 
 
 def load_model(source: str | os.PathLike[str], *, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
@@ -91,35 +95,19 @@ def _but_zero_biases(source: str | os.PathLike[str], names: list[str]) -> list[s
 
 
 def _check_packing(source: str | os.PathLike[str]) -> None:
-    """Refuse compressed-tensors weights that were packed otherwise than the installed version reads them.
-
-    Numbers of bits that do not divide 32 are dense since compressed-tensors 0.18; before, no value crossed an integer's
-    end. Either version loads the other's files without an error, as other weights.
-    """
     try:
         config = PreTrainedConfig.get_config_dict(source)[0].get("quantization_config") or {}
     except (OSError, ValueError):  # loading says what is wrong
         return
-    bits = {group["weights"]["num_bits"] for group in config.get("config_groups", {}).values() if group.get("weights")}
-    if config.get("quant_method") != "compressed-tensors" or not any(32 % number for number in bits):
-        return
-    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
-    for file in weight_files(source):
-        for name in file.keys():  # noqa: SIM118 (a file is no mapping)
-            if not name.endswith(".weight_packed"):
-                continue
-            width, row = file.get_slice(name).get_shape()[-1], file.get_tensor(f"{name[:-6]}shape")[-1:]
-            values = torch.zeros(1, int(row), dtype=torch.int8)
-            reads = {number: pack_to_int32(values, number).shape[-1] for number in sorted(bits)}
-            if width not in reads.values():
-                written, installed = config.get("version", "an unknown version"), version("compressed-tensors")
-                expected = " or ".join(f"{count} ({number} bits)" for number, count in reads.items())
-                raise IntactKVError(
-                    f"{source} was packed by compressed-tensors {written}: rows of {name} take {width} integers, "
-                    f"where {installed}, installed here, reads {expected} and would load other weights; install "
-                    "a version of the same side of 0.18, or quantize again"
-                )
+    def packed() -> Iterator[tuple[str, int, int]]:
+        for file in weight_files(source):
+            for name in file.keys():  # noqa: SIM118 (a file is no mapping)
+                if name.endswith(".weight_packed"):
+                    row = int(file.get_tensor(f"{name[:-6]}shape")[-1])
+                    yield name, file.get_slice(name).get_shape()[-1], row
+
+    check_packing(source, config, packed())
 
 
 def _let_weights_move_(model: PreTrainedModel) -> None:
@@ -139,18 +127,15 @@ def _restore_transforms_(model: PreTrainedModel, source: str | os.PathLike[str],
     transformers 5.15 to 5.23 ignores `transform_config`. Transforms of weights are in the weights already; those of
     inputs and outputs are hooks, with matrices of their own in the checkpoint, of which tied ones are stored once.
     """
-    config = PreTrainedConfig.get_config_dict(source)[0]["quantization_config"].get("transform_config") or {}
-    groups = {
-        name: {**group, "apply": online}
-        for name, group in config.get("config_groups", {}).items()
-        if (online := [place for place in group["apply"] if not place["location"].startswith("weight")])
-    }
+    settings = PreTrainedConfig.get_config_dict(source)[0]["quantization_config"]
+    groups = online_transforms(settings)
     if not groups:
         return set()
     from compressed_tensors.transform import TransformConfig, apply_transform_config
 
     before = set(model.state_dict())
-    apply_transform_config(model, TransformConfig.model_validate({**config, "config_groups": groups}))
+    config = {**settings["transform_config"], "config_groups": groups}
+    apply_transform_config(model, TransformConfig.model_validate(config))
     wanted = (set(model.state_dict()) - before) & unexpected
     tensors: dict[str, Tensor] = {}
     for file in weight_files(source):
@@ -188,7 +173,27 @@ def load_full(
     if not (larger_than_memory(source) if stream is None else stream):
         return load_model_on(source, device, dtype=dtype)
     where = device_named(device)
+    log.info("streaming %s", source)
     return load_streamed(source, dtype=dtype_named(dtype, source, where), device=where)
+
+
+def load_changed(
+    source: str | os.PathLike[str], device: str = "auto", *, dtype: str = "auto", stream: bool = False
+) -> PreTrainedModel:
+    """The model that is held against a full one, as `load_model_on`, or streamed where `stream` says so.
+
+    Warns where its format cannot be streamed, and loads it whole. Raises `IntactKVError` as both do.
+    """
+    if stream:
+        where = device_named(device)
+        try:
+            model = load_streamed(source, dtype=dtype_named(dtype, source, where), device=where, quantized=True)
+        except CannotStream as error:
+            warnings.warn(f"{error}; it is loaded whole", stacklevel=2)
+        else:
+            log.info("streaming %s", source)
+            return model
+    return load_model_on(source, device, dtype=dtype)
 
 
 def device_named(name: str) -> torch.device:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi, constants, hf_hub_download, hf_hub_url, try_to_load_from_cache
+from huggingface_hub import HfApi, ModelInfo, constants, hf_hub_download, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
 from torch import Tensor
@@ -21,6 +21,7 @@ _PIECE = 2**24  # bytes a request
 _AT_ONCE = 8  # requests
 _RETRIES = 5  # times that a piece may be cut off without a byte more
 _HEADER = 10**8  # bytes that safetensors allows a header
+_told: dict[str, ModelInfo] = {}  # what the Hub said when it was asked for sizes, until the same model is read
 
 
 class Repository:
@@ -33,7 +34,7 @@ class Repository:
         self._name, self._tags = name, dict[str, str]()
         self._pool = ThreadPoolExecutor(_AT_ONCE, "hub")
         try:
-            info = HfApi().model_info(name, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT)
+            info = _told.pop(name, None) or HfApi().model_info(name, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT)
             self.revision = str(info.sha)
             there = {each.rfilename for each in info.siblings or []}
             said = None
@@ -154,7 +155,7 @@ def in_cache(name: str) -> Path | None:
 def bytes_on_the_hub(name: str) -> int:
     """The size of a Hub model's safetensors; 0 where the Hub does not say."""
     try:
-        info = HfApi().model_info(name, files_metadata=True, timeout=5)
+        info = _told[name] = HfApi().model_info(name, files_metadata=True, timeout=5)
     except (OSError, ValueError, HfHubHTTPError, HTTPError):
         return 0
     return sum(each.size or 0 for each in info.siblings or [] if each.rfilename.endswith(".safetensors"))

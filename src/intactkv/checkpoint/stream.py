@@ -29,6 +29,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, dot
 
 from intactkv.artifact.digest import joined, tensor_digest
 from intactkv.checkpoint.ahead import Ahead, Uploads
+from intactkv.checkpoint.compressed import check_packing, online_transforms
 from intactkv.checkpoint.remote import Repository, bytes_on_the_hub, in_cache
 from intactkv.checkpoint.shards import LINE, Entry, Folder, Shards, aligned
 from intactkv.checkpoint.source import check_exists, config_of, is_gguf, quantizer, refuse_quantized
@@ -64,29 +65,45 @@ def streamed(model: PreTrainedModel) -> Store | None:
     return getattr(model, "_intactkv_store", None)
 
 
+class CannotStream(IntactKVError):
+    """The checkpoint may well be loaded whole."""
+
+
 def load_streamed(
-    source: str | os.PathLike[str], *, dtype: torch.dtype | str = "auto", device: torch.device | str = "cpu"
+    source: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | str = "auto",
+    device: torch.device | str = "cpu",
+    quantized: bool = False,
 ) -> PreTrainedModel:
     """A causal LM in eval mode from a folder or Hub name of safetensors, whose weights are read at each forward.
 
     It computes on `device`, where the weights go one matrix after the other. What is not in the Hub's cache is read
-    from the Hub, of each file the bytes that are needed, and not kept. Raises `IntactKVError` for other sources and for
-    quantized ones, where a tensor is missing, unexpected or of another shape, and where accelerate is not installed.
+    from the Hub, of each file the bytes that are needed, and not kept. `quantized` ones are taken where they are of
+    compressed-tensors, each matrix unpacked when it computes. Raises `IntactKVError` where a tensor is missing,
+    unexpected or of another shape, for other quantized ones `CannotStream`, which is one, and so for GGUFs, adapters,
+    and where accelerate is not installed.
     """
     if find_spec("accelerate") is None:
-        raise IntactKVError("streaming a checkpoint needs accelerate: pip install 'intactkv[stream]'")
+        raise CannotStream("streaming a checkpoint needs accelerate: pip install 'intactkv[stream]'")
     check_exists(source)
     if is_gguf(source):
-        raise IntactKVError(f"{source} cannot be streamed: give a folder or Hub name of safetensors")
+        raise CannotStream(f"{source} cannot be streamed: give a folder or Hub name of safetensors")
     here = Path(source) if Path(source).is_dir() else in_cache(str(source))
     config = config_of(source)
     if config is None or (here is not None and not stored_bytes(here)):
-        raise IntactKVError(f"{source} cannot be streamed: give a folder or Hub name of safetensors")
-    if quantizer(config) != "fp8":  # which transformers makes dense ones of on a CPU
+        raise CannotStream(f"{source} cannot be streamed: give a folder or Hub name of safetensors")
+    if quantizer(config) != "fp8" and not quantized:  # of which transformers makes dense ones on a CPU
         refuse_quantized(config)
+    settings, method = _settings(config), quantizer(config)
+    if method not in (None, "fp8", "compressed-tensors"):
+        raise CannotStream(f"{source} cannot be streamed: {method} packs its weights for a kernel of its own")
+    if online_transforms(settings):
+        raise CannotStream(f"{source} cannot be streamed: it wants rotations done while it runs")
     if here is not None and (here / "adapter_config.json").is_file():
-        raise IntactKVError(f"{source} holds an adapter; merge it into its model and give that, or add --no-stream")
+        raise CannotStream(f"{source} holds an adapter; merge it into its model and give that, or add --no-stream")
     shards: Shards = Repository(str(source)) if here is None else Folder(here)
+    check_packing(source, settings, _packed_rows(shards))
     try:
         model = _without_weights(config, shards.entries, dtype)
         model._intactkv_store = Store(model, shards, torch.device(device))
@@ -96,6 +113,18 @@ def load_streamed(
         raise IntactKVError(f"{source} cannot be streamed: {first_line(error)}") from error
     model.config.name_or_path = str(source)
     return model.eval()
+
+
+def _settings(config: PreTrainedConfig) -> dict[str, Any]:
+    """How a checkpoint was quantized, as its configuration has it; nothing where it was not."""
+    settings = getattr(config, "quantization_config", None) or {}
+    return settings if isinstance(settings, dict) else dict(settings.to_dict())
+
+
+def _packed_rows(shards: Shards) -> Iterator[tuple[str, int, int]]:
+    for name, entry in shards.entries.items():
+        if name.endswith(".weight_packed"):
+            yield name, entry.shape[-1], int(shards.read(f"{name[:-6]}shape")[-1])
 
 
 def _without_weights(config: PreTrainedConfig, entries: Mapping[str, Entry], dtype: torch.dtype | str) -> Any:
@@ -148,7 +177,7 @@ class Recipe:
     target: str
     converter: WeightConverter | None
     dtype: torch.dtype
-    scaled: bool  # of fp8, with scales beside it
+    quantized: bool  # of fp8 or packed, with scales beside it
     parts: list[tuple[str, str]] = field(default_factory=list)  # a tensor's name and the pattern that it matches
 
     def make(self, tensors: Mapping[str, Tensor], model: PreTrainedModel) -> dict[str, Tensor]:
@@ -157,8 +186,8 @@ class Recipe:
             return {self.target: tensors[self.parts[0][0]]}
         converter = deepcopy(self.converter)
         for name, pattern in self.parts:
-            # scales keep their type, as transformers has it
-            part: Any = tensors[name].to(self.dtype) if name == self.target or not self.scaled else tensors[name]
+            # scales and what is packed keep their type, as transformers has it
+            part: Any = tensors[name].to(self.dtype) if name == self.target or not self.quantized else tensors[name]
             converter.add_tensor(self.target, name, pattern, part)
         made = converter.convert(self.target, model=model, config=model.config)
         return {name: each[0] if isinstance(each, list) else each for name, each in made.items()}
@@ -182,14 +211,15 @@ def _recipes(model: PreTrainedModel, entries: Mapping[str, Entry]) -> dict[str, 
     by_pattern = {pattern: each for each in converters for pattern in each.source_patterns}
     state, prefix = model.state_dict(), model.base_model_prefix
     groups: dict[str, Recipe] = {}
-    scaled = any(each.dtype == torch.float8_e4m3fn for each in entries.values())
+    fp8 = any(each.dtype == torch.float8_e4m3fn for each in entries.values())
+    quantized = fp8 or quantizer(model.config) is not None
     for name in sorted(entries, key=dot_natural_key):
         target, pattern = rename_source_key(name, renamings, converters, prefix, state)
         if target not in state and name in state:
             target, pattern = rename_source_key(name, [], [], prefix, state)
         if target in state:
             converter = None if pattern is None else by_pattern[pattern]
-            group = groups.setdefault(target, Recipe(target, converter, state[target].dtype, scaled))
+            group = groups.setdefault(target, Recipe(target, converter, state[target].dtype, quantized))
             group.parts.append((name, pattern or name))
     found: dict[str, Recipe] = {}
     for group in groups.values():
@@ -313,8 +343,11 @@ class Store(Mapping[str, Tensor]):
         return len(self._recipes)
 
     def embeddings(self, rows: slice) -> Float[Tensor, "row hidden"] | None:
-        """Rows of the input embeddings, where `module.weight` cannot be read; None where it can."""
-        return None if self._embedding is None else self._read(self._embedding, rows).float()
+        """Rows of the input embeddings in the model's type, where `module.weight` cannot be read; None where it can."""
+        if self._embedding is None:
+            return None
+        most = self._shards.entries[self._embedding].shape[0]
+        return self._read(self._embedding, slice(rows.start, min(rows.stop, most))).to(self._model.dtype)
 
     def _read(self, part: str, rows: slice | None = None) -> Tensor:
         """A tensor of the checkpoint, or some of its rows, as stored."""
@@ -399,7 +432,7 @@ class Store(Mapping[str, Tensor]):
     def _read_slices_(self, model: PreTrainedModel) -> None:
         """The head works a slice of the vocabulary at a time, or not at all."""
         module: Any = model.get_output_embeddings()
-        if type(module) is not nn.Linear or module.bias is not None:
+        if type(module) is not nn.Linear or module.bias is not None or "weight" not in module._parameters:
             return
         shape, dtype = module.weight.shape, module.weight.dtype
         vocabulary = shape[0]

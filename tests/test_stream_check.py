@@ -1,0 +1,123 @@
+"""`check` with both models streamed: the relations are those of models in memory, figure for figure."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from backends import BACKENDS, Backend, save_full
+from models import PREFIX, build, by_name
+from test_cli import intactkv
+from transformers import PreTrainedModel
+
+from intactkv import IntactKVError, capture
+from intactkv.basis.compare import Relation, basis, embedding_change, show_noise
+from intactkv.checkpoint import stream
+from intactkv.checkpoint.load import load_changed, load_model
+from intactkv.checkpoint.stream import CannotStream, load_streamed, streamed
+from intactkv.quantizing import RTN, quantize
+
+pytest.importorskip("llmcompressor")
+
+STREAMED = [each for each in BACKENDS if "compressed-tensors" in each.name]
+WHOLE = [each for each in BACKENDS if "AutoRound" in each.name and each not in STREAMED]
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However small, the head works in slices; logs of libraries go to a folder."""
+    monkeypatch.setattr(stream, "_SLICE", 64)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("full")
+    save_full(folder)
+    return folder
+
+
+def figures(relations: list[Relation]) -> list[tuple[object, ...]]:
+    """All that a relation holds, to be compared exactly."""
+    transforms = [None if r.transform is None else r.transform.tolist() for r in relations]
+    return [
+        (r.layer, r.part, r.head, r.kind, r.residual, r.as_is, t) for r, t in zip(relations, transforms, strict=True)
+    ]
+
+
+def same_twice(full: Path, changed: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """The streamed model, whose relations to the streamed full one were those of two in memory."""
+    live = basis(show_noise(load_model(full, dtype=dtype)), load_model(changed, dtype=dtype))
+    model = load_streamed(changed, dtype=dtype, quantized=True)
+    assert figures(basis(show_noise(load_streamed(full, dtype=dtype)), model)) == figures(live)
+    assert any(r.residual > 0 for r in live)
+    return model
+
+
+@pytest.mark.parametrize("backend", STREAMED, ids=lambda each: each.name)
+def test_quantizers(backend: Backend, full: Path, tmp_path: Path) -> None:
+    """Of every format of compressed-tensors, weights packed or not, activations and caches rounded or not."""
+    if backend.missing:
+        pytest.skip(f"{backend.missing} is not installed")
+    backend.make(full, tmp_path / "out")
+    changed = next(path.parent for path in sorted((tmp_path / "out").rglob("config.json")))
+    if "R4" in backend.name:
+        with pytest.raises(CannotStream, match="rotations done while it runs"):
+            load_streamed(changed, quantized=True)
+        return
+    for dtype in (torch.float32, torch.bfloat16):
+        model = same_twice(full, changed, dtype)
+        assert all(each.device.type == "meta" for each in model.model.layers.parameters())  # and again
+        live = capture(load_model(changed, dtype=dtype), PREFIX, allow_quantized=True)
+        assert capture(model, PREFIX, allow_quantized=True).digest == live.digest
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "name", ["llama-mha", "qwen2", "qwen3-moe", "gemma3", "phi3", "opt", "gpt-neox", "deepseek-v3", "qwen3-next"]
+)
+def test_architectures(name: str, stored: torch.dtype, tmp_path: Path) -> None:
+    """Biases, fused projections, merged experts, MLA, hybrids; of two types on the disk."""
+    ranks = {"q_lora_rank": 32, "kv_lora_rank": 32} if name == "deepseek-v3" else {}
+    build(by_name(name), **ranks).to(stored).save_pretrained(tmp_path / "full", max_shard_size="40KB")
+    quantize(tmp_path / "full", tmp_path / "changed", method=RTN(4, 16), prefix=PREFIX)
+    # transformers gives GPT-NeoX two types where the stored one is not asked for
+    same_twice(tmp_path / "full", tmp_path / "changed", stored if name == "gpt-neox" else torch.float32)
+
+
+@pytest.mark.parametrize("backend", WHOLE, ids=lambda each: each.name)
+def test_other_formats_are_loaded_whole_and_said_to_be(backend: Backend, full: Path, tmp_path: Path) -> None:
+    if backend.missing:
+        pytest.skip(f"{backend.missing} is not installed")
+    backend.make(full, tmp_path / "out")
+    changed = next(path.parent for path in sorted((tmp_path / "out").rglob("config.json")))
+    with pytest.warns(UserWarning, match=r"packs its weights for a kernel of its own; it is loaded whole"):
+        model = load_changed(changed, "cpu", stream=True)
+    assert streamed(model) is None
+    with pytest.raises(IntactKVError, match="quantized already"):
+        load_streamed(changed)
+
+
+def test_on_the_command_line(full: Path, tmp_path: Path) -> None:
+    """The same table and the same aligned artifact; which side is streamed is told."""
+    quantize(full, tmp_path / "changed", method=RTN(4, 64), prefix=PREFIX)
+    capture(full, PREFIX).save(tmp_path / "kv")
+    said = []
+    for flag in ("--stream", "--no-stream"):
+        out = tmp_path / f"kv{flag}"
+        done = intactkv("check", tmp_path / "changed", "--full", full, "--kv", tmp_path / "kv", "-o", out, flag)
+        assert done.returncode == 0, done.stderr
+        said.append((done.stdout.replace(str(out), ""), out.read_bytes()))
+    assert said[0] == said[1]
+
+
+def test_each_matrix_is_read_where_it_computes(full: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    quantize(full, tmp_path / "changed", method=RTN(4, 64), prefix=PREFIX)
+    with caplog.at_level("INFO"):
+        model = load_changed(tmp_path / "changed", "cpu", dtype="float32", stream=True)
+    assert f"streaming {tmp_path / 'changed'}" in caplog.text
+    assert embedding_change(load_model(full), model) == 0
+    held = [name for name, each in model.model.layers.named_parameters() if each.device.type != "meta"]
+    model(torch.tensor([PREFIX]))
+    assert [name for name, each in model.model.layers.named_parameters() if each.device.type != "meta"] == held == []
