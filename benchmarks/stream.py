@@ -1,9 +1,12 @@
 """Streaming a checkpoint of Llama 3 8B's shape: time and memory against `cat`, against loading it, and its depth.
 
-    python benchmarks/stream.py FOLDER [--layers 8,16,32] [--shape dense|experts] [--gpu] [--remove] [--out FILE.json]
+    python benchmarks/stream.py FOLDER [--layers 8,16,32] [--shape dense|experts] [--gpu|--check] [--remove] [--out FILE]
 
 With `--gpu`, on one: streamed with and without the next block's upload while this one computes, and loaded onto it by
 `from_pretrained(device_map="cuda")` with one forward; keys and values must be the same, bit for bit.
+With `--check`, `intactkv check` of a checkpoint rounded to 4 bits against the full one, both streamed and both loaded.
+`--ways "cat,stream bfloat16"` measures these alone.
+
 `experts` is Qwen3-30B-A3B's shape: 128 experts a block, 8 for each token; `stream-one` is a prefix of one token.
 
 Every measurement is a process of its own on a cold cache (the files' pages are given back before). Peak memory is that
@@ -13,12 +16,14 @@ of the process above what importing takes, sampled every 5 ms. Random weights in
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import shutil
 import subprocess
 import sys
 import threading
+from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from time import perf_counter, sleep
@@ -88,9 +93,48 @@ def write(folder: Path, shape: str, layers: int) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
 
 
+def write_packed(full: Path, folder: Path) -> None:
+    """Its blocks' matrices rounded to nearest with 4 bits in groups of 128, as compressed-tensors packs them."""
+    from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+    from compressed_tensors.quantization.utils import calculate_qparams
+    from safetensors.torch import load_file, save_file
+
+    args = QuantizationArgs(num_bits=4, group_size=128, strategy="group", symmetric=True)
+    scheme, known, index = QuantizationScheme(targets=["Linear"], weights=args), dict[str, Any](), dict[str, str]()
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in sorted(full.glob("*.safetensors")):
+        tensors: dict[str, Any] = {}
+        for name, weight in load_file(file).items():
+            kind = name.partition("layers.")[2].partition(".")[2]  # all blocks have the same weights
+            if not kind.endswith("proj.weight"):
+                tensors[name] = weight
+                continue
+            if kind not in known:
+                groups = weight.float().view(len(weight), -1, 128)
+                scale = calculate_qparams(groups.amin(-1), groups.amax(-1), args)[0].bfloat16()
+                known[kind] = PackedQuantizationCompressor.compress({"weight": weight, "weight_scale": scale}, scheme)
+            tensors |= {f"{name.removesuffix('weight')}{part}": each.clone() for part, each in known[kind].items()}
+        save_file(tensors, folder / file.name, {"format": "pt"})
+        index |= dict.fromkeys(tensors, file.name)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    config = json.loads((full / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors", "format": "pack-quantized", "quantization_status": "compressed",
+        "ignore": ["lm_head"], "config_groups": {"group_0": {"targets": ["Linear"], "weights": args.model_dump()}},
+        "version": version("compressed-tensors"),
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config, default=str))
+
+
+def packed(full: Path) -> Path:
+    """Where the rounded checkpoint lies."""
+    return full.with_name(f"{full.name}-packed")
+
+
 def forget(folder: Path) -> None:
     """Give the files' pages back."""
-    for path in folder.iterdir():
+    for path in [*folder.iterdir(), *(packed(folder).iterdir() if packed(folder).exists() else ())]:
         with path.open("rb") as file:
             os.fsync(file.fileno())
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -102,10 +146,11 @@ def child(folder: Path, how: str) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
+    from intactkv.basis.compare import basis, show_noise
     from intactkv.capturing.live import capture
     from intactkv.capturing.record import recorded
     from intactkv.checkpoint import stream
-    from intactkv.checkpoint.load import load_model
+    from intactkv.checkpoint.load import load_changed, load_full, load_model
     from intactkv.checkpoint.stream import load_streamed
 
     way, _, kind = how.partition(" ")
@@ -132,6 +177,13 @@ def child(folder: Path, how: str) -> None:
         layers = capture(load_streamed(folder, dtype=dtype, device="cuda"), PREFIX, logits=False).layers
         took = perf_counter() - began
         digest = kv_digest(layers)
+    elif way.startswith("check"):
+        streams = way == "check-stream"
+        shown = show_noise(load_full(folder, "cpu", dtype=kind, stream=streams))
+        relations = basis(shown, load_changed(packed(folder), "cpu", dtype=kind, stream=streams))
+        took = perf_counter() - began
+        figures = [(r.layer, r.part, r.head, r.kind, r.residual, r.as_is) for r in relations]
+        digest = hashlib.sha256(repr(figures).encode()).hexdigest()
     elif way == "offload":  # accelerate's disk offload as transformers gives it
         config = json.loads((folder / "config.json").read_text())
         blocks = {f"model.layers.{i}": "disk" for i in range(config["num_hidden_layers"])}
@@ -164,6 +216,8 @@ def main() -> None:
     parser.add_argument("--layers", default="8,16,32")
     parser.add_argument("--shape", choices=["dense", "experts"], default="dense")
     parser.add_argument("--gpu", action="store_true")
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--ways")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--remove", action="store_true", help="Delete each checkpoint once it is measured.")
     parser.add_argument("--out", type=Path)
@@ -179,7 +233,13 @@ def main() -> None:
             folder.mkdir(parents=True, exist_ok=True)
             write(folder, given.shape, layers)
         ways = ["cat", "stream bfloat16"]
-        if given.gpu:
+        if given.check and not packed(folder).exists():
+            write_packed(folder, packed(folder))
+        if given.ways:
+            ways = given.ways.split(",")
+        elif given.check:
+            ways = ["cat", "check-stream bfloat16", "check-loaded bfloat16"]
+        elif given.gpu:
             kinds = ("bfloat16", "float32")
             ways = ["cat", *(f"gpu-{way} {kind}" for kind in kinds for way in ("ahead", "plain", "loaded"))]
         elif given.shape == "experts":  # accelerate's offload would write them to the disk first
@@ -192,7 +252,8 @@ def main() -> None:
                 forget(folder)
                 if way == "cat":
                     began = perf_counter()
-                    subprocess.run(f"cat {folder}/*.safetensors > /dev/null", shell=True, check=True)
+                    files = f"{folder}/*.safetensors" + (f" {packed(folder)}/*.safetensors" if given.check else "")
+                    subprocess.run(f"cat {files} > /dev/null", shell=True, check=True)
                     told[way].append({"seconds": perf_counter() - began})
                     continue
                 command = [sys.executable, __file__, str(folder), "--child", way]
@@ -212,6 +273,7 @@ def main() -> None:
                 raise SystemExit(f"{kind}: the ways that are compared give different keys and values")
         if given.remove:
             shutil.rmtree(folder)
+            shutil.rmtree(packed(folder), ignore_errors=True)
     if given.out:
         given.out.write_text(json.dumps(found, indent=1))
 
