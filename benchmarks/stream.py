@@ -1,6 +1,6 @@
 """Streaming a checkpoint of Llama 3 8B's shape: time and memory against `cat`, against loading it, and its depth.
 
-    python benchmarks/stream.py FOLDER [--layers 8,16,32] [--shape dense|experts] [--gpu|--check] [--remove] [--out FILE]
+    python benchmarks/stream.py FOLDER [--layers 8,16,32] [--shape dense|experts] [--gpu|--check] [--remove] [--out F]
 
 With `--gpu`, on one: streamed with and without the next block's upload while this one computes, and loaded onto it by
 `from_pretrained(device_map="cuda")` with one forward; keys and values must be the same, bit for bit.

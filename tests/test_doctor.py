@@ -294,3 +294,13 @@ def test_a_folder_is_no_page() -> None:
     done = intactkv("doctor", "-o", ".")
     assert done.returncode == 1
     assert "cannot write .: it is a folder; name a file in it" in done.stderr
+
+
+def test_a_model_larger_than_memory_is_said_to_be_loaded_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def enough(*args: object, **kwargs: object) -> None:
+        raise IntactKVError("the weights are asked for")
+
+    monkeypatch.setattr("intactkv.checkpoint.stream.stored_bytes", lambda source: 2**50)
+    monkeypatch.setattr("intactkv.doctor.run.load_model_on", enough)
+    with pytest.warns(UserWarning, match="loads it whole"), pytest.raises(IntactKVError, match="are asked for"):
+        run(None, tmp_path / "page.html", Console(), quantized=None, data=None, window=128)

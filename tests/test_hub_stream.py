@@ -34,6 +34,7 @@ class Site:
     tags: Iterator[int] | None = None  # an ETag of its own for every answer
     lock: Lock = field(default_factory=Lock)
     answers: int = 0
+    asked: int = 0  # for what there is
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -51,6 +52,7 @@ class Hub(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         path = self.path.partition("?")[0]
         if "/resolve/" not in path:
+            self.hub.asked += 1
             names = [{"rfilename": each.name, "size": each.stat().st_size} for each in self.hub.folder.iterdir()]
             self.answer(200, json.dumps({"id": "a/b", "sha": COMMIT, "siblings": names}).encode(), {})
             return
@@ -92,13 +94,16 @@ class Hub(BaseHTTPRequestHandler):
 
 _SCRIPT = """
 import json, sys
+from types import SimpleNamespace
+import psutil
 import intactkv as ik
 from intactkv.checkpoint import remote
 remote._PIECE = 8000
+psutil.virtual_memory = lambda: SimpleNamespace(available=0)  # so that all is streamed without being asked for
 for line in sys.stdin:
     source, ids, out = json.loads(line)
     try:
-        ik.capture(source, ids, stream=True, logits=False).save(out)
+        ik.capture(source, ids, logits=False).save(out)
         print(flush=True)
     except ik.IntactKVError as error:
         print(error, flush=True)
@@ -146,6 +151,15 @@ def test_only_what_is_needed_is_fetched_and_none_kept(site: tuple[Site, Any], tm
     assert hub.sent[index["model.embed_tokens.weight"]] < 2000
     kept = [path for path in (hub.folder.parent / "home").rglob("*") if path.is_file() and path.stat().st_size > 20_000]
     assert not kept
+
+
+def test_the_hub_is_asked_once(site: tuple[Site, Any], tmp_path: Path) -> None:
+    """Of how many bytes a model is and which files it has, beside whether there is one, asked once in a process."""
+    hub, run = site
+    for _ in range(2):
+        hub.asked = 0
+        assert run(PREFIX[:1], tmp_path / "kv") == ""
+    assert hub.asked == 1
 
 
 def test_connections_that_are_cut(site: tuple[Site, Any], tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from intactkv.checkpoint.load import load_model_on, load_tokenizer
 from intactkv.checkpoint.source import refuse_quantized
+from intactkv.checkpoint.stream import larger_than_memory
 from intactkv.demo import MODEL, TEXT
 from intactkv.doctor.examine import Examination, examine, to_dict
 from intactkv.doctor.html import page
@@ -54,6 +56,12 @@ def run(
     _check_out(out)
     source = MODEL if model is None else model
     tokenizer = load_tokenizer(source)
+    if larger_than_memory(source):
+        warnings.warn(
+            f"{source} takes more than a quarter of the free memory, and the doctor, which runs text through it again "
+            "and again, loads it whole; `intactkv capture` and `check` stream it",
+            stacklevel=2,
+        )
     with console.status(f"loading {source}"):
         full = load_model_on(source, device, dtype=torch.float32 if model is None else dtype)
         refuse_quantized(full.config)
