@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from intactkv import IntactKVError, capture
 from intactkv.basis.compare import Relation, basis, embedding_change, show_noise
 from intactkv.checkpoint import stream
 from intactkv.checkpoint.load import load_changed, load_model
+from intactkv.checkpoint.shards import Folder
 from intactkv.checkpoint.stream import CannotStream, load_streamed, streamed
 from intactkv.quantizing import RTN, quantize
 
@@ -110,6 +112,21 @@ def test_on_the_command_line(full: Path, tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
         said.append((done.stdout.replace(str(out), ""), out.read_bytes()))
     assert said[0] == said[1]
+
+
+def test_noise_reads_what_keys_and_values_are_made_of(full: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first pass reads all; behind a block's keys and values the two of noise read nothing."""
+    read: Counter[str] = Counter()
+    plain = Folder.read
+
+    def watched(self: Folder, part: str, rows: slice | None = None) -> torch.Tensor:
+        read[part.rpartition("layers.1.")[2]] += 1
+        return plain(self, part, rows)
+
+    monkeypatch.setattr(Folder, "read", watched)
+    show_noise(load_streamed(full))
+    times = {part: read[f"{part}_proj.weight"] for part in ("self_attn.k", "self_attn.v", "self_attn.o", "mlp.down")}
+    assert times == {"self_attn.k": 3, "self_attn.v": 3, "self_attn.o": 1, "mlp.down": 1}
 
 
 def test_each_matrix_is_read_where_it_computes(full: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -61,23 +61,48 @@ def watched_inputs(model: PreTrainedModel, look: Callable[[int, Tensor], None]) 
 
 
 @contextmanager
-def forced_inputs(model: PreTrainedModel, give: Callable[[int], Tensor]) -> Iterator[None]:
-    """While it is open, every block reads `give(layer)` instead of what the block before it wrote."""
+def forced_inputs(model: PreTrainedModel, give: Callable[[int], Tensor], made: Callable[[], int]) -> Iterator[None]:
+    """While it is open, every block reads `give(layer)`, not what the block before it wrote, for its keys and values.
+
+    `made()` says how many layers' there are. Once a block has made its own, its linear layers give zeros and are not
+    computed, nor are their weights read: nothing depends on them.
+    """
+    begun = 0
 
     def force(i: int) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            nonlocal begun
+            begun = made()
             given = args[0] if args else kwargs["hidden_states"]
             replaced = give(i).to(given.device, given.dtype)
             return ((replaced, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": replaced})
 
         return hook
 
-    hooks = [b.register_forward_pre_hook(force(i), with_kwargs=True) for i, b in enumerate(blocks(model))]
+    def rest(module: Any) -> Any:
+        plain, width = module.forward, module.nf if isinstance(module, Conv1D) else module.out_features
+
+        def forward(x: Tensor) -> Tensor:
+            return plain(x) if made() == begun else x.new_zeros(*x.shape[:-1], width)
+
+        return forward
+
+    stack = blocks(model)
+    linear = [m for block in stack for m in block.modules() if type(m) in (nn.Linear, Conv1D)]
+    hooks = [b.register_forward_pre_hook(force(i), with_kwargs=True) for i, b in enumerate(stack)]
+    own = [vars(module).get("forward") for module in linear]
+    for module in linear:
+        vars(module)["forward"] = rest(module)
     try:
         yield
     finally:
         for hook in hooks:
             hook.remove()
+        for module, before in zip(linear, own, strict=True):
+            if before is None:
+                del vars(module)["forward"]
+            else:
+                vars(module)["forward"] = before
 
 
 @contextmanager

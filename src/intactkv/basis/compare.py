@@ -6,9 +6,9 @@ an intact KV in the wrong basis does harm. Every block of both models is given t
 layer shows its own rounding only and no direction of the input counts more than another: then regressing keys and
 values is regressing the rows of k_proj and v_proj, norms included. `relate.py` decides what the outcome means.
 
-What this gives up against reading weight rows: three forwards of the full model and two of the other. What it gains:
-it holds for any backend and architecture, fused projections, biases, MLA and online rotations of keys, without
-dequantizing anything.
+What this gives up against reading weight rows: a forward of the full model, and two of either up to each block's keys
+and values. What it gains: it holds for any backend and architecture, fused projections, biases, MLA and online
+rotations of keys, without dequantizing anything.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from intactkv.artifact.door import errors_by_layer, refuse_other_basis
 from intactkv.basis.relate import FLOOR, MIXED, REFUSE, Halves, Kind, nearest_rotation, relate, rescaled, slopes
 from intactkv.capturing.record import recorded
 from intactkv.checkpoint.stream import streamed
-from intactkv.decoder import forced_inputs, held, watched_inputs
+from intactkv.decoder import held, watched_inputs
 from intactkv.error import IntactKVError
 
 
@@ -85,8 +85,7 @@ def show_noise(full: PreTrainedModel, *, windows: Int[Tensor, "window token"] | 
         recorded(full, windows)
     layers = []
     for half in (0, 1):
-        with torch.no_grad(), forced_inputs(full, lambda i, half=half: _noise(inputs[i], i, half)):  # type: ignore[misc]
-            layers.append(recorded(full, windows))
+        layers.append(recorded(full, windows, inputs=lambda i, half=half: _noise(inputs[i], i, half)))  # type: ignore[misc]
     return Shown(windows, inputs, layers, _embeddings(full))
 
 
@@ -109,8 +108,7 @@ def basis(
             noise = _noise(shown.inputs[i], i, half)
             return noise if rotation is None else (noise.double() @ rotation).to(noise.dtype)
 
-        with torch.no_grad(), forced_inputs(model, give):
-            theirs.append(recorded(model, shown.windows))
+        theirs.append(recorded(model, shown.windows, inputs=give))
     _check_shapes(shown.layers[0], theirs[0])
     relations = []
     for part, name in enumerate(("key", "value")):

@@ -11,7 +11,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from intactkv.decoder import input_device
+from intactkv.decoder import forced_inputs, input_device
 from intactkv.error import IntactKVError
 from intactkv.heads import Heads, heads_of
 
@@ -26,18 +26,23 @@ def recorded(
     *,
     most: int | None = None,
     partial: Partial | None = None,
+    inputs: Callable[[int], Tensor] | None = None,
 ) -> dict[int, tuple[Tensor, Tensor]]:
     """What each layer hands to `Cache.update` for `ids`: keys and values `(batch, head, token, dim)` on the CPU.
 
     Computed in eval mode; the model is left as it was. After `most` layers the forward is broken off; with `partial` it
-    goes on where an earlier one ended. Every process of a tensor-parallel model gets all heads. Raises `IntactKVError`
+    goes on where an earlier one ended; with `inputs` every block reads `inputs(layer)`, whatever the one before it
+    wrote. Every process of a tensor-parallel model gets all heads. Raises `IntactKVError`
     where no layer has keys and values.
     """
     cache = _Recorder(most, heads_of(model), config=model.config)
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        with nullcontext() if partial is None else partial.followed(model, cache):
+        with (
+            nullcontext() if partial is None else partial.followed(model, cache),
+            nullcontext() if inputs is None else forced_inputs(model, inputs, lambda: len(cache.recorded)),
+        ):
             model(input_ids=ids.to(input_device(model)), past_key_values=cache, use_cache=True)
     except _Enough:
         pass
