@@ -165,11 +165,17 @@ def child(folder: Path, how: str) -> None:
             sleep(0.005)
 
     threading.Thread(target=watch, daemon=True).start()
-    began, digest = perf_counter(), None
+    began, worked, digest = perf_counter(), sum(process.cpu_times()[:2]), None
+
+    def taken() -> dict[str, Any]:
+        found = {"seconds": perf_counter() - began, "processor seconds": sum(process.cpu_times()[:2]) - worked}
+        gpu = {"GPU MiB": torch.cuda.max_memory_allocated() / 2**20} if way.startswith("gpu") else {}
+        return {**found, "MiB": peak[0] / 2**20, **gpu}
+
     if way == "gpu-loaded":
         model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map="cuda").eval()
         recorded(model, torch.tensor([PREFIX]))
-        took, most = perf_counter() - began, torch.cuda.max_memory_allocated()
+        told = taken()
         del model
         # loaded as intactkv does, by way of the CPU: rotary frequencies made on a GPU may have other last bits
         model = load_model_on(folder, "cuda", dtype=dtype)
@@ -178,13 +184,13 @@ def child(folder: Path, how: str) -> None:
         if way == "gpu-plain":
             stream._AHEAD = ()
         layers = capture(load_streamed(folder, dtype=dtype, device="cuda"), PREFIX, logits=False).layers
-        took, most = perf_counter() - began, torch.cuda.max_memory_allocated()
+        told = taken()
         digest = kv_digest(layers)
     elif way.startswith("check"):
         streams = way == "check-stream"
         shown = show_noise(load_full(folder, "cpu", dtype=kind, stream=streams))
         relations = basis(shown, load_changed(packed(folder), "cpu", dtype=kind, stream=streams))
-        took = perf_counter() - began
+        told = taken()
         figures = [(r.layer, r.part, r.head, r.kind, r.residual, r.as_is) for r in relations]
         digest = hashlib.sha256(repr(figures).encode()).hexdigest()
     elif way == "offload":  # accelerate's disk offload as transformers gives it
@@ -196,20 +202,12 @@ def child(folder: Path, how: str) -> None:
         )
         with torch.no_grad():
             model(torch.tensor([PREFIX]), use_cache=True, logits_to_keep=1)
-        took = perf_counter() - began
+        told = taken()
     else:
         loaded = load_model(folder, dtype=dtype) if way == "live" else load_streamed(folder, dtype=dtype)
         digest = capture(loaded, PREFIX[:1] if way == "stream-one" else PREFIX, logits=False).digest
-        took = perf_counter() - began
-    told = {
-        "seconds": took,
-        "processor seconds": sum(process.cpu_times()[:2]),
-        "MiB": peak[0] / 2**20,
-        "digest": digest,
-    }
-    if way.startswith("gpu"):
-        told["GPU MiB"] = most / 2**20
-    print(json.dumps(told), flush=True)
+        told = taken()
+    print(json.dumps({**told, "digest": digest}), flush=True)
 
 
 def kv_digest(layers: Any) -> str:
