@@ -150,7 +150,7 @@ def child(folder: Path, how: str) -> None:
     from intactkv.capturing.live import capture
     from intactkv.capturing.record import recorded
     from intactkv.checkpoint import stream
-    from intactkv.checkpoint.load import load_changed, load_full, load_model, load_model_on
+    from intactkv.checkpoint.load import load_compared, load_model, load_model_on
     from intactkv.checkpoint.stream import load_streamed
 
     way, _, kind = how.partition(" ")
@@ -188,8 +188,8 @@ def child(folder: Path, how: str) -> None:
         digest = kv_digest(layers)
     elif way.startswith("check"):
         streams = way == "check-stream"
-        shown = show_noise(load_full(folder, "cpu", dtype=kind, stream=streams))
-        relations = basis(shown, load_changed(packed(folder), "cpu", dtype=kind, stream=streams))
+        shown = show_noise(load_compared(folder, "cpu", dtype=kind, stream=streams))
+        relations = basis(shown, load_compared(packed(folder), "cpu", dtype=kind, stream=streams))
         told = taken()
         figures = [(r.layer, r.part, r.head, r.kind, r.residual, r.as_is) for r in relations]
         digest = hashlib.sha256(repr(figures).encode()).hexdigest()

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from intactkv import IntactKVError, capture
 from intactkv.basis.compare import Relation, basis, embedding_change, show_noise
 from intactkv.checkpoint import stream
-from intactkv.checkpoint.load import load_changed, load_model
+from intactkv.checkpoint.load import load_compared, load_model
 from intactkv.checkpoint.shards import Folder
 from intactkv.checkpoint.stream import CannotStream, load_streamed, streamed
 from intactkv.quantizing import RTN, quantize
@@ -95,7 +95,7 @@ def test_other_formats_are_loaded_whole_and_said_to_be(backend: Backend, full: P
     backend.make(full, tmp_path / "out")
     changed = next(path.parent for path in sorted((tmp_path / "out").rglob("config.json")))
     with pytest.warns(UserWarning, match=r"packs its weights for a kernel of its own; it is loaded whole"):
-        model = load_changed(changed, "cpu", stream=True)
+        model = load_compared(changed, "cpu", stream=True)
     assert streamed(model) is None
     with pytest.raises(IntactKVError, match="quantized already"):
         load_streamed(changed)
@@ -132,7 +132,7 @@ def test_noise_reads_what_keys_and_values_are_made_of(full: Path, monkeypatch: p
 def test_each_matrix_is_read_where_it_computes(full: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     quantize(full, tmp_path / "changed", method=RTN(4, 64), prefix=PREFIX)
     with caplog.at_level("INFO"):
-        model = load_changed(tmp_path / "changed", "cpu", dtype="float32", stream=True)
+        model = load_compared(tmp_path / "changed", "cpu", dtype="float32", stream=True)
     assert f"streaming {tmp_path / 'changed'}" in caplog.text
     assert embedding_change(load_model(full), model) == 0
     held = [name for name, each in model.model.layers.named_parameters() if each.device.type != "meta"]

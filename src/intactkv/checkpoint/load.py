@@ -177,10 +177,10 @@ def load_full(
     return load_streamed(source, dtype=dtype_named(dtype, source, where), device=where)
 
 
-def load_changed(
+def load_compared(
     source: str | os.PathLike[str], device: str = "auto", *, dtype: str = "auto", stream: bool = False
 ) -> PreTrainedModel:
-    """The model that is held against a full one, as `load_model_on`, or streamed where `stream` says so.
+    """One of two models that are compared, as `load_model_on`, or streamed where `stream` says so.
 
     Warns where its format cannot be streamed, and loads it whole. Raises `IntactKVError` as both do.
     """

@@ -23,7 +23,7 @@ def check_command(
         typer.Option(
             "--stream/--no-stream",
             help="Read the weights of both matrix by matrix, never holding them; by default where one of them takes "
-            "more than a quarter of the free memory. A MODEL of a format that cannot be streamed is loaded whole.",
+            "more than a quarter of the free memory. What is of a format that cannot be streamed is loaded whole.",
         ),
     ] = None,
     device: Device = "auto",
@@ -34,7 +34,7 @@ def check_command(
     from intactkv.artifact.served import with_check
     from intactkv.basis.compare import align, basis, describe, show_noise
     from intactkv.basis.words import basis_table
-    from intactkv.checkpoint.load import load_changed, load_full
+    from intactkv.checkpoint.load import load_compared
     from intactkv.checkpoint.source import is_gguf, weights_folder
     from intactkv.checkpoint.stream import larger_than_memory
 
@@ -43,9 +43,9 @@ def check_command(
     streams = larger_than_memory(full) or larger_than_memory(model) if stream is None else stream
     with console.status("reading the full model"):
         # and drop it: one model is in memory at a time
-        shown = show_noise(load_full(full, device, dtype=dtype, stream=streams))
+        shown = show_noise(load_compared(full, device, dtype=dtype, stream=streams))
     with console.status("comparing every layer and head"):
-        relations = basis(shown, load_changed(model, device, dtype=dtype, stream=streams))
+        relations = basis(shown, load_compared(model, device, dtype=dtype, stream=streams))
     console.print(basis_table(relations))
     aligned = align(artifact, relations)
     changed = aligned is not artifact
