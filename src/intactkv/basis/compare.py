@@ -112,11 +112,15 @@ def basis(
     _check_shapes(shown.layers[0], theirs[0])
     relations = []
     for part, name in enumerate(("key", "value")):
-        rows = {i: (_rows(shown.layers, i, part), _rows(theirs, i, part)) for i in sorted(shown.layers[0])}
-        scaled = dict(zip(rows, rescaled([slopes(a, b) for a, b in rows.values()]), strict=True))
-        for layer, (a, b) in rows.items():
+
+        def rows(layer: int, part: int = part) -> tuple[Halves, Halves]:
+            return _rows(shown.layers, layer, part), _rows(theirs, layer, part)
+
+        layers = sorted(shown.layers[0])
+        for layer, scaled in zip(layers, rescaled([slopes(*rows(i)) for i in layers]), strict=True):
+            a, b = rows(layer)  # again: in float64 one layer's at a time
             for head in range(len(a[0])):
-                kind, residual, as_is, transform = relate(a, b, head, scaled=scaled[layer])
+                kind, residual, as_is, transform = relate(a, b, head, scaled=scaled)
                 relations.append(Relation(layer, name, head, kind, residual, as_is, transform))  # type: ignore[arg-type]
     return relations
 
@@ -223,8 +227,8 @@ def residual_rotation(
         )
     left, rotation = _changed(a, b), None
     if left > MIXED:
-        rotation = nearest_rotation(a, b)
-        left = _changed(a @ rotation, b)
+        rotation = nearest_rotation(a.double(), b.double())
+        left = _changed(a, b, rotation)
     if left > MIXED:
         raise IntactKVError(
             f"the models' embeddings are neither equal nor rotated forms of each other ({100 * left:.0f} % "
@@ -250,9 +254,14 @@ def _embeddings(model: PreTrainedModel) -> Float[Tensor, "vocab hidden"]:
     table: Any = model.get_input_embeddings()
     rows = slice(0, 4 * table.weight.shape[1])
     if (store := streamed(model)) is not None and (read := store.embeddings(rows)) is not None:
-        return read.double()
-    return held(table)[rows].double().cpu()
+        return read
+    return held(table)[rows].cpu().clone()  # a view would keep the whole table
 
 
-def _changed(a: Tensor, b: Tensor) -> float:
-    return float((b - a).square().sum() / a.square().sum())
+def _changed(a: Tensor, b: Tensor, rotation: Tensor | None = None) -> float:
+    """The share of energy by which rows of `b` differ from those of `a`, in float64, some rows at a time."""
+    off = energy = 0.0
+    for x, y in zip(a.split(1024), b.split(1024), strict=True):
+        turned = x.double() if rotation is None else x.double() @ rotation
+        off, energy = off + float((y.double() - turned).square().sum()), energy + float(turned.square().sum())
+    return off / energy
