@@ -20,7 +20,7 @@ from typing import Annotated
 import typer
 
 ROOT = Path(__file__).parent.parent
-QUICK = "laws capture attach artifact packed stream pivots generate load prefix basis discover plan quantize calibrate"
+QUICK = "laws capture attach artifact packed stream pivots generate load prefix basis discover plan quantize"
 HEADER = (
     "| Python | torch | transformers | llm-compressor | installed with | passed | failed | skipped | what breaks |\n"
     "|---|---|---|---|---|---:|---:|---:|---|"
