@@ -14,19 +14,6 @@ from importlib.metadata import PackageMetadata, PackageNotFoundError, distributi
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-EXTRAS = (
-    "doctor",
-    "quantize",
-    "gguf",
-    "llama.cpp",
-    "judge",
-    "eval",
-    "tensorboard",
-    "distributed",
-    "test",
-    "docs",
-    "dev",
-)
 KNOWN = re.compile(r"\b(0?BSD|MIT|Apache|ISC|PSF|Python|MPL|LGPL|Lesser|CC0|Zlib|BSL|LLVM|CNRI)\b")
 SHORT = {
     "MIT License": "MIT",
@@ -77,7 +64,7 @@ def licence(metadata: PackageMetadata) -> str:
 
 def main() -> None:
     """Print the table: what everybody gets, and what extras add."""
-    always, with_extras = needed(()), needed(EXTRAS)
+    always, with_extras = needed(()), needed(["dev"])
     rows: dict[str, tuple[list[str], list[str]]] = defaultdict(lambda: ([], []))
     for name, terms in sorted(with_extras.items()):
         rows[terms][name not in always].append(name)
