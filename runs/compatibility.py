@@ -79,7 +79,7 @@ def row(environment: Environment, scratch: Path, whole: bool) -> str:
     install = [python, "-m", "pip", "install", "-q", *environment.pins.split(), f".[{environment.extras}]", *tools]
     done = subprocess.run(install, cwd=clone, capture_output=True, text=True)
     if done.returncode:
-        reason = next(line for line in done.stderr.splitlines() if line.startswith("ERROR"))
+        reason = next((line for line in done.stderr.splitlines() if line.startswith("ERROR")), done.stderr[-200:])
         return f"| {environment.python} | | | | {told} | | | | pip: {reason} |"
     found = subprocess.run([python, "-c", VERSIONS], capture_output=True, text=True, check=True)
     versions = " | ".join(json.loads(found.stdout))
@@ -97,7 +97,8 @@ def row(environment: Environment, scratch: Path, whole: bool) -> str:
     ]
     total, skipped = int(suite.get("tests", 0)), int(suite.get("skipped", 0))
     passed = total - skipped - len(broken)
-    return f"| {versions} | {told} | {passed} | {len(broken)} | {skipped} | {'; '.join(broken) or '–'} |"
+    breaks = "; ".join(broken).replace("|", "/") or "–"
+    return f"| {versions} | {told} | {passed} | {len(broken)} | {skipped} | {breaks} |"
 
 
 if __name__ == "__main__":
