@@ -88,3 +88,9 @@ def test_every_finding_is_in_the_index_with_the_version_it_is_about() -> None:
         about = (ROOT / "findings" / name).read_text().splitlines()[1]
         for version in re.findall(r"\d+(?:\.\d+)+", row.split(" | ")[0]):
             assert version in about, name
+
+
+def test_the_version_is_one() -> None:
+    (version,) = re.findall(r'^version = "(.*)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert re.findall(r"^version: (.*)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE) == [version]
+    assert re.findall(r"^## ([\d.]+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[0] == version
