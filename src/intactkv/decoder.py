@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import inspect
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -37,6 +38,24 @@ def held(module: nn.Module, name: str = "weight") -> Tensor:
     if tensor.device.type == "meta" and (stored := offloaded(module)) is not None:
         tensor = stored[name]
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def cache_name(function: Callable[..., Any]) -> str:
+    """What a model's `forward`, or another function of transformers, calls the cache: `cache` from 5.24 on."""
+    return "cache" if "cache" in inspect.signature(function).parameters else "past_key_values"
+
+
+def given_cache(arguments: Mapping[str, Any]) -> Any:
+    """The cache among a call's arguments, under either name; None for the paged one of continuous batching."""
+    cache = arguments.get("past_key_values")
+    if cache is None and not is_paged(arguments):
+        cache = arguments.get("cache")
+    return cache
+
+
+def is_paged(arguments: Mapping[str, Any]) -> bool:
+    """Whether this is a call of continuous batching (`generate_batch`), which keeps a paged cache of its own."""
+    return hasattr(arguments.get("cache"), "block_size")
 
 
 @contextmanager

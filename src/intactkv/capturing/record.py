@@ -11,7 +11,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from intactkv.decoder import input_device
+from intactkv.decoder import cache_name, input_device
 from intactkv.error import IntactKVError
 from intactkv.heads import Heads, heads_of
 
@@ -38,7 +38,7 @@ def recorded(
     model.eval()
     try:
         with nullcontext() if partial is None else partial.followed(model, cache):
-            model(input_ids=ids.to(input_device(model)), past_key_values=cache, use_cache=True)
+            model(input_ids=ids.to(input_device(model)), use_cache=True, **{cache_name(model.forward): cache})
     except _Enough:
         pass
     except ValueError as error:
