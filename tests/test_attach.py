@@ -26,6 +26,7 @@ from transformers import (
 
 from intactkv import IntactKV, IntactKVError, attach, capture, detach
 from intactkv.attaching.handle import is_attached
+from intactkv.decoder import cache_name
 
 P, TOLERANCE = len(PREFIX), 1e-5
 
@@ -823,7 +824,7 @@ def test_a_model_that_bypasses_cache_update_is_found_out(pair: Any) -> None:
     layer = model.model.layers[1]
 
     def without_cache(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        return args, {**kwargs, "past_key_values": None}
+        return args, {**kwargs, cache_name(layer.self_attn.forward): None}
 
     handle = layer.self_attn.register_forward_pre_hook(without_cache, with_kwargs=True)
     with attach(model, kv, check=False), pytest.raises(RuntimeError, match=r"layers \[1\] did not pass"):

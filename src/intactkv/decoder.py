@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.generation.continuous_batching import PagedAttentionCache
 from transformers.pytorch_utils import Conv1D
 
 from intactkv.artifact.digest import offloaded
@@ -55,7 +56,15 @@ def given_cache(arguments: Mapping[str, Any]) -> Any:
 
 def is_paged(arguments: Mapping[str, Any]) -> bool:
     """Whether this is a call of continuous batching (`generate_batch`), which keeps a paged cache of its own."""
-    return hasattr(arguments.get("cache"), "block_size")
+    return isinstance(arguments.get("cache"), PagedAttentionCache)
+
+
+def block_size(cache: PagedAttentionCache) -> int:
+    """How many tokens a block of a paged cache holds, which requests may share whole; the smallest of its kinds."""
+    if hasattr(cache, "block_size"):  # until transformers 5.23
+        return cache.block_size
+    since: Any = cache
+    return min(kind.tokens_per_page for kind in since.cache_allocators.values())
 
 
 @contextmanager

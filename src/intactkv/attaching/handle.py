@@ -167,7 +167,7 @@ class Attachment:
 
     def _before(self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The forward pre-hook. A decoding step ends at its first lines; dynamo traces through them."""
-        cache: Any = kwargs.get(self._cache_name)
+        cache: Any = given_cache(kwargs)
         progress = getattr(cache, "intactkv", None)
         if progress is not None and progress.plain and progress.owner == self._owner:
             ids = args[0] if args else kwargs.get("input_ids")
@@ -193,7 +193,7 @@ class Attachment:
             arguments["position_ids"] = plan.positions
         if caches:
             cache = cache if cache is not None else self._new_cache(model)
-            arguments = self._with_cache(arguments, cache)
+            self._give_(arguments, cache)
             call.enter(cache, progress)
         elif len(plan.sites):
             if checkpointing and uncovered_layers(self.kv, model.config):
@@ -203,14 +203,18 @@ class Attachment:
                 )
             if plan.packed and arguments.get("attention_mask") is None and not is_paged(arguments):
                 arguments["attention_mask"] = _packed_masks(model, arguments)
-            arguments = self._with_cache(arguments, call.pass_through_(model, checkpointing=checkpointing))
+            if is_paged(arguments) and self._cache_name == "cache":
+                call.enter_paged(arguments["cache"])
+            else:
+                self._give_(arguments, call.pass_through_(model, checkpointing=checkpointing))
             arguments["use_cache"] = False
         self._running.call = call
         return (), arguments
 
-    def _with_cache(self, arguments: dict[str, Any], cache: Cache) -> dict[str, Any]:
-        others = {name: value for name, value in arguments.items() if name not in ("past_key_values", "cache")}
-        return {**others, self._cache_name: cache}
+    def _give_(self, arguments: dict[str, Any], cache: Cache) -> None:
+        """Put `cache` among a call's arguments, under the one name that the model has for it."""
+        arguments.pop("past_key_values", None)
+        arguments[self._cache_name] = cache
 
     def _new_cache(self, model: PreTrainedModel) -> DynamicCache:
         """The cache that the model would make; without its layers yet if all are plain, so that none is guarded."""

@@ -18,7 +18,7 @@ from transformers.cache_utils import QuantizedLayer
 from intactkv.attaching.locate import NEVER, Progress, Sites, first_real, hidden_prefix, locate, sequence_starts
 from intactkv.attaching.masks import as_tensor, real_tokens, sees_previous, slots, token_positions, visible
 from intactkv.attaching.substitute import IntactTensors
-from intactkv.decoder import given_cache, is_paged
+from intactkv.decoder import block_size, given_cache, is_paged
 from intactkv.error import IntactKVError
 from intactkv.packed.cache import PackedLayer
 
@@ -54,7 +54,7 @@ class Planner:
         paged = is_paged(arguments)
         if paged:  # its mask is over the pages' slots, and its rows are packed without padding
             mask = None
-            block = arguments["cache"].block_size
+            block = block_size(arguments["cache"])
             self._cut.update(range(block, len(prefix), block))  # whole blocks of another request may be shared
         elif past == 0 and (quick := self._plan_unpadded(ids, prefix, mask, given, progress)) is not None:
             return quick
