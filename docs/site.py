@@ -1,4 +1,4 @@
-"""What the site needs beside `mkdocs.yml`: pages that lie outside docs/, and formulas as MathML, without a script."""
+"""What the site needs beside `mkdocs.yml`: pages that lie outside docs/, notebooks, and formulas as MathML."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from typing import Any
 
 from latex2mathml.converter import convert
 from mkdocs.structure.files import File, Files
+from nbconvert import MarkdownExporter
 
 ROOT = Path(__file__).parent.parent
 OUTSIDE = {
     "README.md": "index.md",
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
+    "SECURITY.md": "security.md",
     "src/intactkv/demo/model/README.md": "embedded-model.md",
 }
 _LINK = re.compile(r"(\]\()(?!https?:|#)([^)\s#]+)")
@@ -27,6 +29,12 @@ def on_files(files: Files, config: Any) -> Files:
     """Add the pages that GitHub shows elsewhere in the repository."""
     for source, page in OUTSIDE.items():
         files.append(File.generated(config, page, content=(ROOT / source).read_text(encoding="utf-8")))
+    for notebook in sorted((ROOT / "docs/notebooks").glob("*.ipynb")):
+        page = f"notebooks/{notebook.stem}"
+        body, told = MarkdownExporter().from_filename(notebook, resources={"unique_key": notebook.stem})
+        files.append(File.generated(config, f"{page}.md", content=body))
+        for picture, content in told["outputs"].items():
+            files.append(File.generated(config, f"notebooks/{picture}", content=content))
     return files
 
 
@@ -37,7 +45,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
     def moved(link: re.Match[str]) -> str:
         there = posixpath.normpath(posixpath.join(posixpath.dirname(at), link[2]))
-        target = OUTSIDE.get(there, there.removeprefix("docs/"))
+        target = OUTSIDE.get(there, there.removeprefix("docs/")).replace(".ipynb", ".md")
         return link[1] + posixpath.relpath(target, posixpath.dirname(on_site) or ".")
 
     return _LIST.sub(r"\1\n\n", _LINK.sub(moved, markdown))

@@ -54,9 +54,7 @@ def test_the_guide_names_every_command(command: str) -> None:
     assert re.search(rf"^intactkv {command}\b", GUIDE, re.MULTILINE)
 
 
-PAGES = sorted(
-    [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("**/*.md"), *ROOT.glob("runs/*.md")]
-)
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("**/*.md"), *ROOT.glob("runs/*.md")])
 
 
 def anchors(page: Path) -> set[str]:
@@ -80,3 +78,19 @@ def test_every_page_of_results_is_in_their_index() -> None:
         "README.md",
         *re.findall(r"\]\(([\w-]+\.md)\)", index),
     }
+
+
+def test_every_finding_is_in_the_index_with_the_version_it_is_about() -> None:
+    index = (ROOT / "docs/findings.md").read_text()
+    rows = dict(re.findall(r"^\| `([\w-]+\.sh)` \| (.*) \|$", index, re.MULTILINE))
+    assert set(rows) == {script.name for script in (ROOT / "findings").iterdir()}
+    for name, row in rows.items():
+        about = (ROOT / "findings" / name).read_text().splitlines()[1]
+        for version in re.findall(r"\d+(?:\.\d+)+", row.split(" | ")[0]):
+            assert version in about, name
+
+
+def test_the_version_is_one() -> None:
+    (version,) = re.findall(r'^version = "(.*)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert re.findall(r"^version: (.*)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE) == [version]
+    assert re.findall(r"^## ([\d.]+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[0] == version

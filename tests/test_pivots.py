@@ -127,7 +127,7 @@ def test_models_in_training_and_long_texts_that_need_maps_are_refused() -> None:
         measure(build(by_name("llama-gqa")).train(), prompts())
     long = torch.randint(8, 90, (1, 2049))
     with pytest.raises(IntactKVError, match="at most 2048"):
-        measure(build(by_name("gpt-j"), max_position_embeddings=4096), long)
+        measure(build(by_name("falcon-rotary"), max_position_embeddings=4096), long)
     with pytest.raises(IntactKVError, match="attention chunk"):
         measure(build(by_name("llama4")), prompts())
 

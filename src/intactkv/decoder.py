@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import inspect
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.generation.continuous_batching import PagedAttentionCache
 from transformers.pytorch_utils import Conv1D
 
 from intactkv.artifact.digest import offloaded
@@ -40,6 +42,32 @@ def held(module: nn.Module, name: str = "weight") -> Tensor:
     if tensor.device.type == "meta" and (stored := offloaded(module)) is not None:
         tensor = stored[name]
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def cache_name(function: Callable[..., Any]) -> str:
+    """What a model's `forward`, or another function of transformers, calls the cache: `cache` from 5.24 on."""
+    return "cache" if "cache" in inspect.signature(function).parameters else "past_key_values"
+
+
+def given_cache(arguments: Mapping[str, Any]) -> Any:
+    """The cache among a call's arguments, under either name; None for the paged one of continuous batching."""
+    cache = arguments.get("past_key_values")
+    if cache is None and not is_paged(arguments):
+        cache = arguments.get("cache")
+    return cache
+
+
+def is_paged(arguments: Mapping[str, Any]) -> bool:
+    """Whether this is a call of continuous batching (`generate_batch`), which keeps a paged cache of its own."""
+    return isinstance(arguments.get("cache"), PagedAttentionCache)
+
+
+def block_size(cache: PagedAttentionCache) -> int:
+    """How many tokens a block of a paged cache holds, which requests may share whole; the smallest of its kinds."""
+    if hasattr(cache, "block_size"):  # until transformers 5.23
+        return cache.block_size
+    since: Any = cache
+    return min(kind.tokens_per_page for kind in since.cache_allocators.values())
 
 
 @contextmanager

@@ -31,10 +31,10 @@ from intactkv.artifact.fingerprint import check_fingerprint
 from intactkv.attaching.adapters import unlike
 from intactkv.attaching.coverage import uncovered_layers
 from intactkv.attaching.locate import Progress
-from intactkv.attaching.plan import Planner, is_paged
+from intactkv.attaching.plan import Planner
 from intactkv.attaching.substitute import IntactTensors, Substitution
 from intactkv.basis.compare import refuse_foreign
-from intactkv.decoder import input_device
+from intactkv.decoder import cache_name, given_cache, input_device, is_paged
 from intactkv.error import IntactKVError
 from intactkv.heads import heads_of
 
@@ -117,7 +117,7 @@ class Attachment:
         self._planner = Planner(self._intact, model.config, takes_positions="position_ids" in signature.parameters)
         self._owner = kv.digest
         self._running = threading.local()  # one forward at a time and thread
-        self._signature = signature
+        self._signature, self._cache_name = signature, cache_name(model.forward)
         self._plain_layers = all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
         self._hooks = [
             model.register_forward_pre_hook(self._before, with_kwargs=True),
@@ -167,7 +167,7 @@ class Attachment:
 
     def _before(self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The forward pre-hook. A decoding step ends at its first lines; dynamo traces through them."""
-        cache: Any = kwargs.get("past_key_values")
+        cache: Any = given_cache(kwargs)
         progress = getattr(cache, "intactkv", None)
         if progress is not None and progress.plain and progress.owner == self._owner:
             ids = args[0] if args else kwargs.get("input_ids")
@@ -180,7 +180,7 @@ class Attachment:
         """Find the prefix tokens of this call and put our `update` before the cache's."""
         self._leave()  # a KeyboardInterrupt skips forward hooks
         arguments = _by_name(self._signature, args, kwargs)
-        cache = arguments.get("past_key_values")
+        cache = given_cache(arguments)
         past, progress = self._open(cache)
         checkpointing = model.training and model.is_gradient_checkpointing
         caches = cache is not None or (_use_cache(arguments, model) and not checkpointing)
@@ -192,7 +192,8 @@ class Attachment:
         if plan.positions is not None:
             arguments["position_ids"] = plan.positions
         if caches:
-            cache = arguments["past_key_values"] = cache if cache is not None else self._new_cache(model)
+            cache = cache if cache is not None else self._new_cache(model)
+            self._give_(arguments, cache)
             call.enter(cache, progress)
         elif len(plan.sites):
             if checkpointing and uncovered_layers(self.kv, model.config):
@@ -202,10 +203,18 @@ class Attachment:
                 )
             if plan.packed and arguments.get("attention_mask") is None and not is_paged(arguments):
                 arguments["attention_mask"] = _packed_masks(model, arguments)
-            arguments["past_key_values"] = call.pass_through_(model, checkpointing=checkpointing)
+            if is_paged(arguments) and self._cache_name == "cache":
+                call.enter_paged(arguments["cache"])
+            else:
+                self._give_(arguments, call.pass_through_(model, checkpointing=checkpointing))
             arguments["use_cache"] = False
         self._running.call = call
         return (), arguments
+
+    def _give_(self, arguments: dict[str, Any], cache: Cache) -> None:
+        """Put `cache` among a call's arguments, under the one name that the model has for it."""
+        arguments.pop("past_key_values", None)
+        arguments[self._cache_name] = cache
 
     def _new_cache(self, model: PreTrainedModel) -> DynamicCache:
         """The cache that the model would make; without its layers yet if all are plain, so that none is guarded."""
@@ -298,8 +307,8 @@ def _packed_masks(model: PreTrainedModel, arguments: Mapping[str, Any]) -> Any:
         config=model.config,
         inputs_embeds=shape_only,
         attention_mask=None,
-        past_key_values=None,
         position_ids=arguments["position_ids"],
+        **{cache_name(create_masks_for_generate): None},
     )
 
 

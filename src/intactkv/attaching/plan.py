@@ -18,6 +18,7 @@ from transformers.cache_utils import QuantizedLayer
 from intactkv.attaching.locate import NEVER, Progress, Sites, first_real, hidden_prefix, locate, sequence_starts
 from intactkv.attaching.masks import as_tensor, real_tokens, sees_previous, slots, token_positions, visible
 from intactkv.attaching.substitute import IntactTensors
+from intactkv.decoder import block_size, given_cache, is_paged
 from intactkv.error import IntactKVError
 from intactkv.packed.cache import PackedLayer
 
@@ -53,7 +54,7 @@ class Planner:
         paged = is_paged(arguments)
         if paged:  # its mask is over the pages' slots, and its rows are packed without padding
             mask = None
-            block = arguments["cache"].block_size
+            block = block_size(arguments["cache"])
             self._cut.update(range(block, len(prefix), block))  # whole blocks of another request may be shared
         elif past == 0 and (quick := self._plan_unpadded(ids, prefix, mask, given, progress)) is not None:
             return quick
@@ -76,7 +77,7 @@ class Planner:
             return plan(Sites(none, none, none), False)
 
         first = first_real(real)
-        matched = self._matched(arguments.get("past_key_values"), past, progress, first, positions)
+        matched = self._matched(given_cache(arguments), past, progress, first, positions)
         inside = locate(ids, prefix, real=real, positions=positions, matched=matched)
         restarts = sequence_starts(real, positions, matched) & ~first
         if past == 0:
@@ -278,11 +279,6 @@ def _unpadded(mask: Tensor | None, given: Tensor | None, ids: Tensor) -> list[Te
     found = [] if mask is None else [mask.bool().all()]
     found += [] if given is None else [(given == slots(ids, 0)).all()]
     return [condition.to(ids.device) for condition in found]
-
-
-def is_paged(arguments: dict[str, Any]) -> bool:
-    """Whether this is a call of continuous batching (`generate_batch`), which keeps a paged cache of its own."""
-    return arguments.get("cache") is not None and arguments.get("past_key_values") is None
 
 
 def _ids(arguments: Mapping[str, Any], past: int, progress: Progress) -> Tensor:

@@ -22,7 +22,7 @@ from intactkv.attaching.coverage import uncovered_layers
 from intactkv.attaching.handle import is_attached
 from intactkv.attaching.locate import Progress
 from intactkv.basis.compare import refuse_foreign
-from intactkv.decoder import input_device
+from intactkv.decoder import given_cache, input_device
 from intactkv.error import IntactKVError
 from intactkv.heads import heads_of
 
@@ -111,7 +111,7 @@ def _watch_(model: PreTrainedModel, cache: PrefixCache) -> None:
 
     @functools.wraps(prepare)
     def checked(input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
-        held = kwargs.get("past_key_values")
+        held = given_cache(kwargs)
         if isinstance(held, PrefixCache):
             if kwargs.get("is_first_iteration"):
                 held.check_prompt(input_ids, kwargs.get("attention_mask"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, QuantizedLayer
+from transformers.generation.continuous_batching import PagedAttentionCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from intactkv.artifact import IntactKV
@@ -155,8 +157,20 @@ class Substitution:
             kept = update(self._neutral(key), self._neutral(value), layer, *args, **kwargs)
             return kept if progress.sites is None else self._put(*kept, layer, progress.sites)
 
+        self._shadow(cache, restored if lossy else replaced)
+
+    def enter_paged(self, cache: PagedAttentionCache) -> None:
+        """The same for continuous batching's cache, which layers call themselves from transformers 5.24 on."""
+        update = cache.update
+
+        def replaced(key: Tensor, value: Tensor, layer: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+            return update(*self.write(key, value, layer), layer, *args, **kwargs)
+
+        self._shadow(cache, replaced)
+
+    def _shadow(self, cache: Any, update: Callable[..., tuple[Tensor, Tensor]]) -> None:
         self._cache, self._shadowed = cache, vars(cache).get("update")
-        cache.update = restored if lossy else replaced  # type: ignore[method-assign,assignment]
+        cache.update = update
 
     def pass_through_(self, model: PreTrainedModel, *, checkpointing: bool) -> PassThrough:
         """The cache for a call without one; checkpointed layers are made to see it until `leave`."""

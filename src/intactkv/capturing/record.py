@@ -11,7 +11,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from intactkv.decoder import forced_inputs, input_device
+from intactkv.decoder import cache_name, forced_inputs, input_device
 from intactkv.error import IntactKVError
 from intactkv.heads import Heads, heads_of
 
@@ -43,7 +43,7 @@ def recorded(
             nullcontext() if partial is None else partial.followed(model, cache),
             nullcontext() if inputs is None else forced_inputs(model, inputs, lambda: len(cache.recorded)),
         ):
-            model(input_ids=ids.to(input_device(model)), past_key_values=cache, use_cache=True)
+            model(input_ids=ids.to(input_device(model)), use_cache=True, **{cache_name(model.forward): cache})
     except _Enough:
         pass
     except ValueError as error:

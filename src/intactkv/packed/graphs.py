@@ -18,13 +18,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from intactkv.decoder import cache_name, given_cache
 from intactkv.error import IntactKVError
 from intactkv.packed.cache import PackedCache, PackedLayer
 from intactkv.packed.launch import on_device
 from intactkv.packed.steady import Steady, rows_of
 
 ROOM = 1024  # tokens for which buffers are made at a capture, and a quarter of what is there
-SERVED = {"input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache", "return_dict"}
+SERVED = {"input_ids", "attention_mask", "position_ids", "past_key_values", "cache", "use_cache", "return_dict"}
 ANY = {"logits_to_keep", "cache_position"}  # one token has one row of logits, and one place, which the cache knows
 
 
@@ -65,7 +66,7 @@ class Graphs:
         """The decoding step that is asked for, None for anything else."""
         given = dict(self._signature.bind_partial(*args, **kwargs).arguments)
         given |= given.pop("kwargs", {})
-        cache, ids, mask = (given.get(name) for name in ("past_key_values", "input_ids", "attention_mask"))
+        cache, ids, mask = given_cache(given), given.get("input_ids"), given.get("attention_mask")
         if not isinstance(cache, PackedCache) or not isinstance(ids, Tensor) or ids.shape[1] != 1:
             return None
         other = any(x is not None and x is not False for name, x in given.items() if name not in SERVED | ANY)
@@ -111,9 +112,8 @@ class Captured:
         self._buffers = [x for steady in steadies for x in _buffers(steady)]
 
         def step() -> Any:
-            return forward(
-                input_ids=self._ids, position_ids=self._positions, past_key_values=call.cache, use_cache=True
-            )
+            cache = {cache_name(forward): call.cache}
+            return forward(input_ids=self._ids, position_ids=self._positions, use_cache=True, **cache)
 
         def tick() -> None:
             from intactkv.packed import step as kernels

@@ -17,6 +17,7 @@ from transformers.masking_utils import sdpa_mask
 
 from intactkv.attaching.locate import NEVER
 from intactkv.attaching.masks import as_tensor, real_tokens
+from intactkv.decoder import given_cache
 from intactkv.error import IntactKVError
 from intactkv.packed.attention import Partial, attend, dense_step, empty_partial, merged, packed_attention
 from intactkv.packed.bits import hadamard
@@ -94,7 +95,7 @@ class PackedReads:
                 "output_attentions=True asks for maps that reading in blocks never forms; leave it out, or call "
                 ".remove() on the handle of read_packed first"
             )
-        cache = kwargs.get("past_key_values")
+        cache = given_cache(kwargs)
         if not isinstance(cache, PackedCache):
             return
         past, rows = cache.get_seq_length(), cache.rows

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from intactkv.capturing.record import Watched
-from intactkv.decoder import blocks, input_device, key_bias, watched_outputs
+from intactkv.decoder import blocks, cache_name, input_device, key_bias, watched_outputs
 from intactkv.error import IntactKVError
 from intactkv.pivots.attention import LONGEST_MAP, Attended, Blocks, watched_attention
 from intactkv.positions import check_tokens
@@ -141,7 +141,8 @@ def _measure_batch(model: PreTrainedModel, ids: Int[Tensor, "window token"]) -> 
 
     ids = ids.to(input_device(model))
     with watched_attention(model, look_attention) as sees_attention, watched_outputs(model, look_hidden):
-        model.base_model(input_ids=ids, past_key_values=Watched(model, look_kv), use_cache=True)
+        cache = {cache_name(model.base_model.forward): Watched(model, look_kv)}
+        model.base_model(input_ids=ids, use_cache=True, **cache)
     if not sees_attention:
         _add_maps_(model, ids, found)
     return found

@@ -36,7 +36,7 @@ from intactkv.decoder import blocks
 from intactkv.error import IntactKVError
 from intactkv.quantizing.quiet import patched
 
-_CACHE_NAMES = ("past_key_values", "layer_past", "past_key_value")
+_CACHE_NAMES = ("past_key_values", "layer_past", "past_key_value", "cache")
 
 
 class PrefixAware:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.masking_utils import create_masks_for_generate
 
-from intactkv.decoder import blocks
+from intactkv.decoder import blocks, cache_name
 
 
 @contextmanager
@@ -58,7 +58,7 @@ def _mask(model: PreTrainedModel, layer: int, hidden: Tensor) -> Any:
         config=config,
         inputs_embeds=hidden.new_empty(rows, length, 0),
         attention_mask=None,
-        past_key_values=None,
         position_ids=torch.arange(length, device=hidden.device)[None],
+        **{cache_name(create_masks_for_generate): None},
     )
     return masks[config.layer_types[layer]] if isinstance(masks, dict) else masks
