@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from intactkv import IntactKV, IntactKVError, attach, capture
 from intactkv.checkpoint.load import device_named, dtype_named, load_model, load_model_on, load_tokenizer
-from intactkv.checkpoint.source import checkpoint_digest
+from intactkv.checkpoint.source import checkpoint_digest, holds_floats
 from intactkv.demo import MODEL
 
 CPU, CARD = torch.device("cpu"), torch.device("cuda:0")
@@ -150,6 +150,14 @@ def test_a_gguf_of_floats_is_a_full_model_and_any_other_a_quantized_one(ggufs: P
     out = quantize(full, tmp_path / "q", method=RTN(8, 32), prefix=[1, 5])
     assert torch.equal(IntactKV.load(out / PREFIX_KV).layers[0][0], capture(full, [1, 5]).layers[0][0])
     load_model(out)
+
+
+def test_whether_a_gguf_is_of_floats_is_told_without_its_vocabulary(
+    ggufs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gguf.GGUFReader", None)
+    assert holds_floats(ggufs / "F16" / "model.gguf")
+    assert not holds_floats(ggufs / "Q8_0" / "model.gguf")
 
 
 def test_a_ggufs_tokenizer_is_the_one_beside_it(ggufs: Path, tmp_path: Path) -> None:

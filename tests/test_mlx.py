@@ -15,12 +15,13 @@ import mlx.core as mx
 import numpy as np
 import torch
 from mlx_lm import convert, load
+from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import load_prompt_cache, make_prompt_cache
 
 from intactkv import IntactKV, IntactKVError, capture
 from intactkv.checkpoint.load import load_model
 from intactkv.demo import MODEL
-from intactkv.serving.mlx import write_prompt_cache
+from intactkv.serving.mlx import filled, rows_for, write_prompt_cache
 
 IDS = [0, *range(40, 52)]
 
@@ -56,6 +57,10 @@ def test_the_artifact_is_the_full_models_own_cache(models: dict[str, Path], kv: 
     ours, about = load_prompt_cache(str(path), return_metadata=True)
     assert about["model"] == str(models["f32"])
     assert [each.offset for each in ours] == [len(IDS)] * 12
+    for have, want in zip(ours, own, strict=True):
+        for one, other in ((have.keys, want.keys), (have.values, want.values)):
+            one, other = one[:, :, : len(IDS)], other[:, :, : len(IDS)]  # either may have more room
+            assert float(mx.linalg.norm(one - other)) < 1e-5 * float(mx.linalg.norm(other))
     more = list(range(100, 140))
     assert np.abs(log_p(model, ours, more) - log_p(model, own, more)).max() < 1e-4
     assert [p.name for p in tmp_path.iterdir()] == ["prefix.safetensors"]
@@ -88,6 +93,23 @@ def test_mlx_lms_own_command_takes_it(models: dict[str, Path], kv: IntactKV, tmp
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "Generation: 5 tokens" in done.stdout
+
+
+def test_kv_bits_round_the_intact_rows_too_once_the_cache_is_long(models: dict[str, Path], kv: IntactKV) -> None:
+    model = load(str(models["q4"]))[0]
+    rows = rows_for(kv, model, "q4")
+
+    def keys(start: int) -> mx.array:
+        cache = filled(model, rows, len(kv))
+        given: dict[str, Any] = {"prompt_cache": cache, "kv_bits": 4, "quantized_kv_start": start}
+        list(generate_step(mx.array([100, 101]), model, max_tokens=2, **given))
+        held = cache[0].keys
+        whole = held if isinstance(held, mx.array) else mx.dequantize(*held, group_size=64, bits=4)
+        return whole[:, :, : len(kv)]
+
+    intact = rows[0][0]
+    assert mx.array_equal(keys(1000), intact)
+    assert 0.05 < float(mx.linalg.norm(keys(0) - intact) / mx.linalg.norm(intact)) < 0.15
 
 
 def test_what_cannot_be_right_is_refused(models: dict[str, Path], kv: IntactKV, tmp_path: Path) -> None:

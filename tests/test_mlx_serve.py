@@ -26,7 +26,7 @@ import openai
 import torch
 from command import intactkv, serving
 from mlx_lm import convert, load
-from models import greedy
+from models import build, by_name, greedy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from intactkv import IntactKV, IntactKVError, capture
@@ -41,7 +41,7 @@ HEAD = "The Danube is the second longest river in Europe after the Volga."
 
 @dataclass
 class Pair:
-    """The embedded model as mlx-lm rounds it to 3 bits, the same numbers in transformers, and the full model's rows."""
+    """A model as mlx-lm rounds it to 3 bits, the same numbers in transformers, and the full model's rows."""
 
     mlx: Path
     torch: PreTrainedModel
@@ -56,18 +56,38 @@ class Pair:
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    folder = tmp_path_factory.mktemp("mlx")
-    full, tokenizer = load_model(MODEL, dtype="float32"), load_tokenizer(MODEL)
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pair]:
+    """By architecture and windows: the embedded model, and random Gemma 3 models whose windows prompts outgrow."""
+    tokenizer, folder = load_tokenizer(MODEL), tmp_path_factory.mktemp("mlx")
+    found = {"llama": _pair(MODEL, tokenizer, folder / "llama", 64)}
+    for name, window in (("gemma3, prompts beyond its windows", 24), ("gemma3, windows shorter than the prefix", 12)):
+        random_ = build(
+            by_name("gemma3"), vocab_size=len(tokenizer), max_position_embeddings=1024, sliding_window=window,
+            num_hidden_layers=4, layer_types=["sliding_attention", "full_attention"] * 2, intermediate_size=128,
+            head_dim=32, query_pre_attn_scalar=32, tie_word_embeddings=False, sliding_window_pattern=2,
+            bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        )  # fmt: skip
+        for part in (random_, tokenizer):
+            part.save_pretrained(folder / str(window))
+        found[name] = _pair(folder / str(window), tokenizer, folder / f"{window} in MLX", 32)
+    return found
+
+
+def _pair(source: Path, tokenizer: PreTrainedTokenizerBase, folder: Path, group_size: int) -> Pair:
+    full = load_model(source, dtype="float32")
     kv = capture(full, tokenizer.encode(HEAD), logits=False)
-    file = kv.save(folder / "kv.intactkv")
-    convert(str(MODEL), mlx_path=str(folder / "q3"), dtype="float32", quantize=True, q_bits=3, q_group_size=64)
+    convert(str(source), mlx_path=str(folder / "q3"), dtype="float32", quantize=True, q_bits=3, q_group_size=group_size)
     state = full.state_dict()
     for name, each in load(str(folder / "q3"))[0].named_modules():
         if hasattr(each, "scales"):
             dense = mx.dequantize(each.weight, each.scales, each.biases, group_size=each.group_size, bits=each.bits)
             state[f"{name}.weight"].copy_(torch.from_numpy(np.array(dense)))
-    return Pair(folder / "q3", full, kv, file, tokenizer)
+    return Pair(folder / "q3", full, kv, kv.save(folder / "kv.intactkv"), tokenizer)
+
+
+@pytest.fixture
+def pair(pairs: dict[str, Pair]) -> Pair:
+    return pairs["llama"]
 
 
 @contextmanager
@@ -91,12 +111,17 @@ def prompts(pair: Pair, count: int) -> list[str]:
 @pytest.mark.engine(
     engine="MLX-LM server",
     package="mlx-lm",
-    architecture="llama",
+    architecture="{architecture}",
     cache="as computed",
-    how="serve: 87 mixed requests, completions and chats; weights q3",
+    how="serve: 87 mixed requests, completions and chats; weights q3{windows}",
 )
-def test_mixed_requests(pair: Pair) -> None:
+@pytest.mark.parametrize(
+    ("architecture", "windows"),
+    [("llama", ""), ("gemma3", ", prompts beyond its windows"), ("gemma3", ", windows shorter than the prefix")],
+)
+def test_mixed_requests(pairs: dict[str, Pair], architecture: str, windows: str) -> None:
     """8 at once, streamed or not, batched or (with a seed) alone; ten conversations are kept, 60 are had."""
+    pair = pairs[architecture + windows]
     asked = prompts(pair, 60)
     ids = [pair.tokenizer.encode(each) for each in asked]
     chats = [[{"role": "user", "content": each[-60:]}] for each in asked[:20]]
@@ -172,8 +197,10 @@ def test_what_serve_refuses_before_it_starts(pair: Pair, tmp_path: Path) -> None
             assert sentence in " ".join(done.stderr.split()), (args, done.stderr)
 
 
-def test_the_cache_forgets_no_intact_row(pair: Pair) -> None:
+@pytest.mark.parametrize("name", ["llama", "gemma3, prompts beyond its windows"])
+def test_the_cache_forgets_no_intact_row(pairs: dict[str, Pair], name: str) -> None:
     """Whatever is kept, dropped or poisoned, a prompt is given its intact rows, and a token to compute."""
+    pair = pairs[name]
     model, ids = load(str(pair.mlx))[0], pair.kv.ids.tolist()
     rows, cache = rows_for(pair.kv, model, "m"), PromptCache(ids, 2)
     cache.begin_with(rows, model)

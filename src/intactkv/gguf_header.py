@@ -1,6 +1,7 @@
 """Does a GGUF's header lie within its file? Readers believe its counts, and count to 2^64 if they are told to.
 
-A file of fields (name, type, value) and tensors (name, shape, type, place); nothing but lengths is looked at here.
+A file of fields (name, type, value) and tensors (name, shape, type, place); nothing but lengths and tensors' types is
+looked at here.
 
 Source of the layout: the GGUF specification, versions 2 and 3 (ggml, docs/gguf.md).
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 import mmap
 import os
 import struct
+from collections.abc import Iterator
 from functools import lru_cache
 
 from intactkv.error import IntactKVError, first_line
@@ -19,23 +21,26 @@ _STRING, _ARRAY = 8, 9
 _MOST_DIMS = 4  # of a tensor, as ggml has it
 
 
-def check_header(path: str | os.PathLike[str]) -> None:
-    """Raise `IntactKVError` for a file that is no GGUF, or ends before what its header says is in it."""
+def check_header(path: str | os.PathLike[str]) -> frozenset[int]:
+    """Which types its tensors have, by ggml's numbers.
+
+    Raises `IntactKVError` for a file that is no GGUF, or ends before what its header says is in it.
+    """
     try:
         told = os.stat(path)
-        _checked(os.fspath(path), told.st_size, told.st_mtime_ns)
+        return _checked(os.fspath(path), told.st_size, told.st_mtime_ns)
     except (OSError, ValueError, struct.error) as error:
         raise IntactKVError(f"{path} is no readable GGUF ({first_line(error)}); get it again") from error
 
 
 @lru_cache(maxsize=16)
-def _checked(path: str, size: int, changed: int) -> None:
+def _checked(path: str, size: int, changed: int) -> frozenset[int]:
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        _walk(data, size)
+        return frozenset(_walk(data, size))
 
 
-def _walk(data: mmap.mmap, size: int) -> None:
-    """Go through a header, from length to length."""
+def _walk(data: mmap.mmap, size: int) -> Iterator[int]:
+    """Go through a header, from length to length, and give each tensor's type."""
     if data[:4] != b"GGUF":
         raise ValueError("it does not begin with GGUF")
     order, at = "<" if int.from_bytes(data[4:6], "little") else ">", 8
@@ -77,4 +82,5 @@ def _walk(data: mmap.mmap, size: int) -> None:
         if (dims := number("I")) > _MOST_DIMS:
             raise ValueError(f"a tensor of {dims} dimensions")
         skip(dims, 8)
-        skip(1, 12)
+        yield number("I")
+        skip(1, 8)

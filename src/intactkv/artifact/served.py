@@ -128,7 +128,8 @@ def refuse_unchecked(kv: IntactKV, folder: Path, name: str) -> None:
         return
     raise IntactKVError(
         f"nothing says that this intact KV is in the basis of {name}, and in another one it does harm: run `intactkv "
-        f'check {name} --full FULL --kv KV -o CHECKED` and serve CHECKED, or pass "check": false if you know better'
+        f"check {name} --full FULL --kv KV -o CHECKED` and serve CHECKED, or if you know better say so "
+        '(--unchecked, "check": false)'
     )
 
 

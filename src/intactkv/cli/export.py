@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -13,13 +14,13 @@ from intactkv.error import IntactKVError
 
 def export_command(
     kv: Annotated[str, typer.Argument(help="The intact KV: a file, a folder or a name on the Hub.", metavar="KV")],
-    to: Annotated[str, typer.Option("--to", help="The engine: llama.cpp or mlx.", metavar="ENGINE")],
+    to: Annotated[str, typer.Option("--to", help="The engine: llama.cpp, mlx or lightllm.", metavar="ENGINE")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The file to write.", metavar="FILE")],
     gguf: Annotated[
         Path | None, typer.Option("--gguf", help="llama.cpp: the GGUF that will be served with it.", metavar="FILE")
     ] = None,
     model: Annotated[
-        str | None, typer.Option("--model", help="mlx: the model that mlx-lm will load with it.", metavar="MODEL")
+        str | None, typer.Option("--model", help="mlx, lightllm: the model that is served with it.", metavar="MODEL")
     ] = None,
     cache_type: Annotated[str, typer.Option(help="llama.cpp: f16 or f32, as its --cache-type-k and -v.")] = "f16",
     flash_attention: Annotated[
@@ -30,14 +31,15 @@ def export_command(
     ] = None,
     streams: Annotated[int, typer.Option(help="llama.cpp: its --parallel where its cache is not unified.", min=1)] = 1,
     stream: Annotated[int, typer.Option(help="llama.cpp: which of them, the slot's number.", min=0)] = 0,
+    ranks: Annotated[int, typer.Option(help="lightllm: its --tp, a file for each.", min=1)] = 1,
     unchecked: Annotated[bool, typer.Option("--unchecked", help="Do not compare with the model's weights.")] = False,
 ) -> None:
-    """Write KV for another engine: llama.cpp's state of a sequence, or mlx-lm's prompt cache."""
+    """Write KV for another engine: llama.cpp's state of a sequence, mlx-lm's or LightLLM's prompt cache."""
     from intactkv.artifact import IntactKV
 
-    needed = {"llama.cpp": ("--gguf", gguf), "mlx": ("--model", model)}
+    needed = {"llama.cpp": ("--gguf", gguf), "mlx": ("--model", model), "lightllm": ("--model", model)}
     if to not in needed:
-        raise IntactKVError(f"--to {to} is not known; use llama.cpp or mlx (vLLM needs no export: intactkv serve)")
+        raise IntactKVError(f"--to {to} is not known; use {', '.join(needed)} (vLLM needs none: intactkv serve)")
     option, value = needed[to]
     if value is None:
         raise IntactKVError(f"--to {to} needs {option}, the model that will be served with it")
@@ -47,6 +49,13 @@ def export_command(
 
         write_prompt_cache(artifact, str(model), out, check=not unchecked)
         console.print(f"written: {out}", highlight=False)
+        return
+    if to == "lightllm":
+        from intactkv.serving.lightllm import ADVICE, write_prompt_buffer
+
+        entries = write_prompt_buffer(artifact, str(model), out, ranks=ranks, check=not unchecked)
+        console.print(json.dumps(entries), highlight=False, markup=False, soft_wrap=True)
+        warn(f"{model}/config.json must hold these two entries; {ADVICE}")
         return
     from intactkv.serving.llama_cpp import CacheKind, advice, installed_version, write_state
 
