@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers.generation.continuous_batching import PagedAttentionCache
 
 from intactkv import IntactKV, IntactKVError
 from intactkv.attaching.locate import Progress
@@ -50,7 +51,9 @@ def test_unpadded_rows_are_whole_sites_and_need_nothing() -> None:
 def paged(ids: list[int], positions: list[int]) -> dict[str, Any]:
     given = {"input_ids": torch.tensor([ids]), "position_ids": torch.tensor([positions])}
     wide = torch.zeros(1, 1, len(ids), 50)  # over the pages' slots
-    return {**given, "attention_mask": wide, "cache": SimpleNamespace(block_size=32)}
+    cache = object.__new__(PagedAttentionCache)  # one takes a GPU's memory or a configuration to make
+    cache.block_size = 32
+    return {**given, "attention_mask": wide, "cache": cache}
 
 
 def test_a_paged_call_finds_prompts_beside_decoding_steps(recwarn: pytest.WarningsRecorder) -> None:
