@@ -58,6 +58,20 @@ def test_drops_are_marked_where_the_error_falls_suddenly(tmp_path: Path) -> None
     assert "<!-- x intact" not in text
 
 
+def test_drops_side_by_side_do_not_write_over_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SmolLM2's first two tokens: 4 and 3 %, at one height."""
+    from matplotlib.figure import Figure
+
+    drawn: list[Figure] = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **more: (drawn.append(self), save(self, *args, **more)))
+    mse = torch.tensor([47.3, 45.5, 44.2, 44.1, 44.1])
+    assert drops(mse) == [1, 2]
+    plot_mse(mse, tmp_path / "mse.png", tokens=["<|im_start|>", "' '", "x", "y"])
+    first, second = (text.get_window_extent() for text in drawn[0].axes[0].texts)
+    assert not first.overlaps(second)
+
+
 def test_a_prefix_that_was_not_measured_is_refused(tmp_path: Path) -> None:
     with pytest.raises(IntactKVError, match=r"prefix=2 is not among the sizes \(0, 1\)"):
         plot_budget([budget(0)], tmp_path / "budget.png", prefix=2)

@@ -30,7 +30,7 @@ _STYLE = """
 @media (prefers-color-scheme: dark) { :root { --ink: #e8e8e8; --soft: #b4b4b4; --paper: #16181c; --line: #4a4d55;
   --good: #6fd3a4; --some: #f0b955; --none: #c0c0c0; --bad: #ff9a8f; } }
 body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 60rem;
-  margin: 2rem auto; padding: 0 1rem; }
+  margin: 2rem auto; padding: 0 1rem; overflow-wrap: break-word; }
 h1 { font-size: 1.6rem; margin-bottom: 0; } h2 { font-size: 1.2rem; margin-top: 2.2rem; }
 .soft, figcaption, caption { color: var(--soft); } .verdict { border: 2px solid; border-radius: .5rem;
   padding: .6rem 1rem; margin: .8rem 0; } .verdict strong { font-size: 1.15rem; } .verdict p { margin: .2rem 0;

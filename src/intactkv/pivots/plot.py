@@ -106,13 +106,14 @@ def plot_mse(
         axes: Any = figure.add_subplot()
         colour, mark = _COLOURS[theme]
         axes.plot(range(len(values)), values.numpy(), "o-", color=colour, linewidth=1.8)
-        for size in drops(values):
+        for number, size in enumerate(drops(values)):
             fall = 100 * float(1 - values[size] / values[size - 1])
             name = f"token {size - 1}" if tokens is None else tokens[size - 1]
             axes.plot([size, size], [float(values[size - 1]), float(values[size])], "--", color=mark, linewidth=1.6)
             axes.plot([size], [float(values[size])], "D", color=mark, markersize=8)
+            aside = (12, (14, -22)[number % 2])  # neighbours do not write over each other
             axes.annotate(
-                f"{name} intact: −{fall:.0f} %", (size, float(values[size])), xytext=(12, 14),
+                f"{name} intact: −{fall:.0f} %", (size, float(values[size])), xytext=aside,
                 textcoords="offset points", color=_INK[theme][0],
             )  # fmt: skip
         axes.set(
