@@ -47,10 +47,6 @@ all() { wait; }
 # has NAME FILE: whether a file is there; what is left out is named in the tables.
 has() { test -e "$2" || { echo "$1 left out: no $2" | tee -a "$OUT/left-out.txt"; return 1; }; }
 made() { test -e "$logs/quantize-$1.done"; }
-# words JSONL TEXT: the documents of a JSON-lines file, a blank line between them.
-words() { python -c '
-import json, sys
-print("\n\n".join(json.loads(line)["text"] for line in open(sys.argv[1], encoding="utf-8")))' "$1" > "$2.part" && mv "$2.part" "$2"; }
 # conversations JSONL OUT: {prompt, response} as messages, without the instruction template around the prompt.
 conversations() { python -c '
 import json, sys
@@ -116,7 +112,7 @@ calibrate() {
 # 4. Perplexity and KL on WikiText-2 and C4: the paper's protocol with [B]; windows behind [P]; each calibrated too.
 evaluate() {
     has WikiText-2 "$wiki" && measure wikitext2 "$wiki"
-    has C4 "$c4" && { test -e "$OUT/c4.txt" || words "$c4" "$OUT/c4.txt"; measure c4 "$OUT/c4.txt"; }
+    has C4 "$c4" && measure c4 "$c4"
     all
 }
 measure() {
@@ -146,7 +142,7 @@ effect() {
 # 6. LAMBADA, QA and MMLU by lm-eval with [B]: three arms, and the checkpoint made for [B], item by item.
 tasks() {
     once tasks names; all
-    once harness-full harness full "pretrained=$MODEL,kv=$(kv_of "$(cells | head -n 1)" B),attached=False"
+    once harness-full harness full "pretrained=$MODEL,kv=$(kv_of "$first" B),attached=False"
     for cell in $(cells); do
         made "$cell" && once "harness-$cell-own" harness "$cell-own" "pretrained=$OUT/$cell,kv=$(kv_of "$cell" B),attached=False"
     done
@@ -183,9 +179,8 @@ mtbench() {
 # 8. The cache's bits: per token, per channel, rotated, with tokens kept; and under the weights of the first checkpoint.
 cache() {
     has C4 "$c4" || return 0
-    test -e "$OUT/c4.txt" || words "$c4" "$OUT/c4.txt"
     for width in 4 3 2; do
-        once "cache-$width" python "$here/packed.py" --model "$MODEL" --quantized "$OUT/$first" --text "$OUT/c4.txt" --bits $width \
+        once "cache-$width" python "$here/packed.py" --model "$MODEL" --quantized "$OUT/$first" --text "$c4" --bits $width \
             --device "$DEVICE" --window 256 --out "$tables/cache-$width.md"
     done
     all
@@ -195,7 +190,7 @@ cache() {
 doctor() { has WikiText-2 "$wiki" && once doctor intactkv doctor "$MODEL" --quantized "$OUT/$first" --data "$wiki" -o "$OUT/doctor.html" --device "$DEVICE"; all; }
 
 : > "$OUT/left-out.txt"
-first=$(cells | head -n 1)
+first=$(cells) first=${first%%$'\n'*}
 for stage in $STAGES; do $stage; done
 for failed in "$logs"/*.failed; do
     test -e "$failed" && { name=$(basename "$failed" .failed); echo "$name: $(tail -n 1 "$logs/$name.log")" >> "$OUT/left-out.txt"; }

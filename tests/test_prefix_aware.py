@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from intactkv import IntactKV, IntactKVError, attach, bos, capture
+from intactkv.artifact.served import quantizer_settings
 from intactkv.attaching.locate import Sites
-from intactkv.attaching.plain import made_for_prefix
+from intactkv.attaching.plain import made_for_prefix, recipe_folder
 from intactkv.attaching.substitute import IntactTensors, put
 from intactkv.checkpoint.load import load_model, load_tokenizer
 from intactkv.decoder import blocks
@@ -392,6 +393,16 @@ def test_a_repository_without_a_recipe_was_made_for_nothing(
     for text in ("", "[]", '{"prefix_aware": 3}', "{"):
         (tmp_path / RECIPE).write_text(text)
         assert made_for_prefix(tmp_path) is None
+
+
+def test_what_a_hub_name_was_made_with_is_read_from_its_repository(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / RECIPE).write_text('{"method": "GPTQ", "bits": 3, "prefix": [1], "prefix_aware": {"weight": 0}}')
+    monkeypatch.setattr("intactkv.attaching.plain.hf_hub_download", lambda name, file: str(tmp_path / file))
+    folder = recipe_folder("somebody/model")
+    assert quantizer_settings(folder) == {"method": "GPTQ", "bits": 3}
+    assert made_for_prefix("somebody/model") == {"weight": 0}
 
 
 def test_an_ordinary_checkpoint_and_one_made_for_its_prefix_in_one_table(tmp_path: Path) -> None:

@@ -57,13 +57,18 @@ def same_twice(full: Path, changed: Path, dtype: torch.dtype) -> PreTrainedModel
     return model
 
 
-@pytest.mark.parametrize("backend", STREAMED, ids=lambda each: each.name)
-def test_quantizers(backend: Backend, full: Path, tmp_path: Path) -> None:
-    """Of every format of compressed-tensors, weights packed or not, activations and caches rounded or not."""
+def made(backend: Backend, full: Path, tmp_path: Path) -> Path:
+    """The folder of a checkpoint that the backend makes of `full`."""
     if backend.missing:
         pytest.skip(f"{backend.missing} is not installed")
     backend.make(full, tmp_path / "out")
-    changed = next(path.parent for path in sorted((tmp_path / "out").rglob("config.json")))
+    return next(path.parent for path in sorted((tmp_path / "out").rglob("config.json")))
+
+
+@pytest.mark.parametrize("backend", STREAMED, ids=lambda each: each.name)
+def test_quantizers(backend: Backend, full: Path, tmp_path: Path) -> None:
+    """Of every format of compressed-tensors, weights packed or not, activations and caches rounded or not."""
+    changed = made(backend, full, tmp_path)
     if "R4" in backend.name:
         with pytest.raises(CannotStream, match="rotations done while it runs"):
             load_streamed(changed, quantized=True)
@@ -90,10 +95,7 @@ def test_architectures(name: str, stored: torch.dtype, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("backend", WHOLE, ids=lambda each: each.name)
 def test_other_formats_are_loaded_whole_and_said_to_be(backend: Backend, full: Path, tmp_path: Path) -> None:
-    if backend.missing:
-        pytest.skip(f"{backend.missing} is not installed")
-    backend.make(full, tmp_path / "out")
-    changed = next(path.parent for path in sorted((tmp_path / "out").rglob("config.json")))
+    changed = made(backend, full, tmp_path)
     with pytest.warns(UserWarning, match=r"packs its weights for a kernel of its own; it is loaded whole"):
         model = load_compared(changed, "cpu", stream=True)
     assert streamed(model) is None

@@ -29,15 +29,17 @@ def made_for_prefix(source: str | os.PathLike[str]) -> Mapping[str, Any] | None:
     `weight`, the prefix tokens' weight in calibration, below 1; `prefix`, their ids; `perplexity` on held-out windows
     of the calibration text: of the full model, and of the quantized one `with_kv` and `without_kv`.
     """
-    folder = Path(source)
-    if folder.is_file():
-        return None  # a GGUF says nothing of it
-    if not folder.is_dir():
-        try:
-            folder = Path(hf_hub_download(str(source), RECIPE)).parent
-        except (OSError, ValueError, EntryNotFoundError, HfHubHTTPError):
-            return None  # the repository has none, or cannot be reached, which loading it says itself
-    return served.made_for_prefix(folder)
+    return served.made_for_prefix(recipe_folder(source))
+
+
+def recipe_folder(source: str | os.PathLike[str]) -> Path:
+    """Where `quantize`'s word on a folder or Hub name lies, if there is any: a GGUF says nothing of it."""
+    if Path(source).exists():
+        return Path(source)
+    try:
+        return Path(hf_hub_download(str(source), RECIPE)).parent
+    except (OSError, ValueError, EntryNotFoundError, HfHubHTTPError):
+        return Path(source)  # the repository has none, or cannot be reached, which loading it says itself
 
 
 def warn_when_plain_(model: PreTrainedModel, source: str | os.PathLike[str]) -> None:

@@ -13,8 +13,8 @@ import torch
 from rich.console import Console
 
 from intactkv.artifact import IntactKV
-from intactkv.artifact.served import quantizer_settings
-from intactkv.attaching.plain import made_for_prefix
+from intactkv.artifact.served import made_for_prefix, quantizer_settings
+from intactkv.attaching.plain import recipe_folder
 from intactkv.capturing.live import check_tokenizer
 from intactkv.checkpoint.load import device_named, dtype_named, load_model_on, load_tokenizer
 from intactkv.checkpoint.source import checkpoint_digest, config_of
@@ -160,8 +160,11 @@ def _quantized(models: Sequence[str], kvs: Sequence[Path]) -> list[Quantized]:
         raise IntactKVError(f"the model {max(names, key=names.count)} is given twice; name each once")
     artifacts = {path: IntactKV.from_pretrained(path) for path in dict.fromkeys(kvs)}
     files = list(kvs) * (len(models) if len(kvs) == 1 else 1)
-    found = zip(names, models, files, strict=True)
-    return [Quantized(n, m, f, artifacts[f], made_for_prefix(m), quantizer_settings(Path(m))) for n, m, f in found]
+    found = []
+    for name, model, file in zip(names, models, files, strict=True):
+        recipe = recipe_folder(model)
+        found.append(Quantized(name, model, file, artifacts[file], made_for_prefix(recipe), quantizer_settings(recipe)))
+    return found
 
 
 def _windows(quantized: Sequence[Quantized], full: str, protocol: Protocol) -> Windows:
