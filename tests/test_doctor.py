@@ -11,7 +11,7 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -24,12 +24,13 @@ from transformers import PreTrainedModel
 
 from intactkv import IntactKVError
 from intactkv.checkpoint.load import load_model, load_tokenizer
+from intactkv.checkpoint.stream import load_streamed
 from intactkv.demo import MODEL, TEXT
 from intactkv.doctor import examine, page, rounded_model
 from intactkv.doctor.examine import Examination, to_dict
 from intactkv.doctor.html import _STYLE, _verdicts
 from intactkv.doctor.run import run
-from intactkv.doctor.simulate import round_to_nearest
+from intactkv.doctor.simulate import round_streamed_, round_to_nearest
 from intactkv.evaluating.verdict import Verdict
 
 pytest.importorskip("matplotlib")
@@ -296,11 +297,65 @@ def test_a_folder_is_no_page() -> None:
     assert "cannot write .: it is a folder; name a file in it" in done.stderr
 
 
-def test_a_model_larger_than_memory_is_said_to_be_loaded_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def enough(*args: object, **kwargs: object) -> None:
-        raise IntactKVError("the weights are asked for")
+@pytest.mark.parametrize("large", ["full", "quantized"])
+def test_models_larger_than_memory_are_streamed(large: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def enough(*args: object, stream: bool, **kwargs: object) -> None:
+        raise IntactKVError(f"asked for streamed: {stream}")
 
-    monkeypatch.setattr("intactkv.checkpoint.stream.stored_bytes", lambda source: 2**50)
-    monkeypatch.setattr("intactkv.doctor.run.load_model_on", enough)
-    with pytest.warns(UserWarning, match="loads it whole"), pytest.raises(IntactKVError, match="are asked for"):
-        run(None, tmp_path / "page.html", Console(), quantized=None, data=None, window=128)
+    full, quantized = str(MODEL), str(tmp_path)
+    size = {full: 2**50, quantized: 0} if large == "full" else {full: 0, quantized: 2**50}
+    monkeypatch.setattr("intactkv.checkpoint.stream.stored_bytes", lambda source: size[str(source)])
+    monkeypatch.setattr("intactkv.doctor.run.load_full", enough)
+    for asked, streams in ((None, True), (False, False)):
+        with pytest.raises(IntactKVError, match=f"asked for streamed: {streams}"):
+            run(full, tmp_path / "page.html", Console(), quantized=quantized, data=None, window=128, stream=asked)
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "gpt2", "mixtral", "qwen3-moe"])
+def test_a_streamed_model_is_rounded_to_the_same_numbers(name: str, tmp_path: Path) -> None:
+    build(by_name(name)).save_pretrained(tmp_path)
+    model, ids = load_streamed(tmp_path), torch.tensor([random_tokens(24)])
+    round_streamed_(model, bits=3, group_size=16)
+    with torch.no_grad():
+        rounded = rounded_model(load_model(tmp_path), bits=3, group_size=16)(ids).logits
+        assert torch.equal(model(ids).logits, rounded)
+        assert not torch.equal(load_streamed(tmp_path)(ids).logits, rounded)
+
+
+def test_a_loaded_model_is_not_rounded_as_it_is_read() -> None:
+    with pytest.raises(IntactKVError, match="is not streamed; take rounded_model"):
+        round_streamed_(planted(), bits=4)
+
+
+def test_streamed_models_have_the_figures_of_loaded_ones(tmp_path: Path) -> None:
+    build(by_name("llama-gqa")).save_pretrained(tmp_path)
+    full, streamed, rounded = load_model(tmp_path), load_streamed(tmp_path), load_streamed(tmp_path)
+    round_streamed_(rounded, bits=3)
+    settings: dict[str, Any] = {"tokens": random_tokens(700), "start": BOS, "window": 64}
+    loaded = examine(full, {"3-bit": rounded_model(full, bits=3)}, **settings)
+    found = examine(streamed, {"3-bit": rounded}, **settings)
+    expected = to_dict(loaded)
+    differs = {key for key, value in to_dict(found).items() if json.dumps(value) != json.dumps(expected[key])}
+    assert differs - {"seconds", "tokens_per_second"} == {"gap_closed_by_layer", "missing"}
+    assert loaded.by_layer
+    assert not found.by_layer
+    assert [each for each in found.missing if each not in loaded.missing] == [
+        "Layers were not measured one by one: each would read the whole model; --no-stream loads it."
+    ]
+    assert "Layers were not measured one by one." in page(found, title="streamed", name=str, made_by={})
+
+
+@pytest.mark.slow
+def test_the_command_streams_the_full_and_the_quantized_model(tmp_path: Path) -> None:
+    pytest.importorskip("llmcompressor")
+    done = intactkv("quantize", str(MODEL), "--method", "rtn", "--bits", "4", "-o", str(tmp_path / "q"))
+    assert done.returncode == 0, done.stderr
+    told = []
+    for stream in ("--stream", "--no-stream"):
+        out = tmp_path / f"page{stream}.html"
+        models = (str(MODEL), "--quantized", str(tmp_path / "q"))
+        done = intactkv("doctor", *models, "-o", str(out), stream, "--dtype", "float32")
+        assert done.returncode == 0, done.stderr
+        told.append(json.loads(out.with_suffix(".json").read_text()))
+    differs = {key for key in told[0] if told[0][key] != told[1][key]}
+    assert differs - {"made_by", "seconds", "tokens_per_second"} == {"gap_closed_by_layer", "missing"}

@@ -21,9 +21,9 @@ from intactkv.attaching.adapters import adapters
 from intactkv.attaching.handle import is_attached
 from intactkv.capturing.partial import Partial
 from intactkv.capturing.record import recorded
-from intactkv.checkpoint.load import load_model
+from intactkv.checkpoint.load import load_full
 from intactkv.checkpoint.source import quantizer, refuse_quantized
-from intactkv.checkpoint.stream import larger_than_memory, load_streamed, streamed
+from intactkv.checkpoint.stream import streamed
 from intactkv.error import IntactKVError
 from intactkv.positions import check_positions
 
@@ -44,6 +44,7 @@ def capture(
     allow_quantized: bool = False,
     stream: bool | None = None,
     resume: str | os.PathLike[str] | None = None,
+    device: str | None = None,
 ) -> IntactKV:
     """The intact KV of the prefix `ids`, computed by `model` in one forward of P tokens.
 
@@ -55,7 +56,8 @@ def capture(
     same. The model is left as it was, training mode included. A quantized model, whose keys and values are what an
     intact KV is to replace, is taken only with `allow_quantized`; the provenance then names its quantizer. A path is
     streamed, its weights read matrix by matrix and never held, where `stream` says so, by default where it takes
-    more than a quarter of the free memory and accelerate is installed; the result is the same, bit for bit. A streamed
+    more than a quarter of the free memory and accelerate is installed; the result is the same, bit for bit. It computes
+    on `device`, by default the accelerator if there is one; a model given whole computes where it is. A streamed
     capture leaves what it has in the file `resume` after each block, goes on from that where it is there already, and
     removes it at the end. The processes of a tensor-parallel model all capture, and all get the whole.
 
@@ -65,7 +67,9 @@ def capture(
     value is NaN or infinite.
     """
     if not isinstance(model, PreTrainedModel):
-        model = _loaded(model, bool(stream) if allow_quantized else stream)
+        model = _loaded(model, bool(stream) if allow_quantized else stream, "auto" if device is None else device)
+    elif device is not None:
+        raise IntactKVError(f"device={device!r} goes with a path; a model that is loaded computes on its own device")
     if not allow_quantized:
         refuse_quantized(model.config)
     if model.config.is_encoder_decoder:
@@ -127,16 +131,13 @@ def _check_causal(model: PreTrainedModel, prefix: Tensor, *, most: int | None) -
                 )
 
 
-def _loaded(path: str | os.PathLike[str], stream: bool | None) -> PreTrainedModel:
+def _loaded(path: str | os.PathLike[str], stream: bool | None, device: str) -> PreTrainedModel:
     if not isinstance(path, str | os.PathLike):
         raise IntactKVError(
             f"capture needs a transformers PreTrainedModel or a path, not {type(path).__name__}; give it the model "
             "inside the wrapper (before torch.compile or PEFT)"
         )
-    if stream or (stream is None and larger_than_memory(path)):
-        log.info("streaming %s", path)
-        return load_streamed(path, dtype=torch.float32)
-    return load_model(path, dtype=torch.float32)
+    return load_full(path, device, dtype=torch.float32, stream=stream)
 
 
 def checked_ids(ids: Sequence[int] | Tensor, vocab: int) -> Int[Tensor, "prefix"]:

@@ -163,7 +163,11 @@ def load_model_on(
 
 
 def load_full(
-    source: str | os.PathLike[str], device: str = "auto", *, dtype: str = "auto", stream: bool | None = None
+    source: str | os.PathLike[str],
+    device: str = "auto",
+    *,
+    dtype: str | torch.dtype = "auto",
+    stream: bool | None = None,
 ) -> PreTrainedModel:
     """A full model by the names of a device and a dtype, as `load_model_on`, or streamed: where `stream` says so, by
     default where it is larger than memory.
@@ -178,7 +182,7 @@ def load_full(
 
 
 def load_compared(
-    source: str | os.PathLike[str], device: str = "auto", *, dtype: str = "auto", stream: bool = False
+    source: str | os.PathLike[str], device: str = "auto", *, dtype: str | torch.dtype = "auto", stream: bool = False
 ) -> PreTrainedModel:
     """One of two models that are compared, as `load_model_on`, or streamed where `stream` says so.
 

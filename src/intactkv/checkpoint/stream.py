@@ -236,6 +236,7 @@ class Store(Mapping[str, Tensor]):
         from intactkv.checkpoint.lent import lend_
 
         self.device, self.skip_head, self._hashed = device, False, True
+        self.changed: Callable[[str, Tensor], Tensor] | None = None  # what is made of a parameter before it is used
         self._model, self._shards = model, shards
         self._recipes = _recipes(model, shards.entries)
         self._ahead: Ahead | None = None
@@ -250,7 +251,7 @@ class Store(Mapping[str, Tensor]):
         for module, name, full in _buffers(model):
             held = module._buffers[name] if name in module._non_persistent_buffers_set else self[full]
             module._buffers[name] = held.to(device, module._buffers[name].dtype)
-        self._held, self._digests = self._digests, {}
+        self._held, self._digests, self._hashed = self._digests, {}, False
         lend_(model, self)
         self._read_rows_(model)
         self._read_slices_(model)
@@ -271,9 +272,10 @@ class Store(Mapping[str, Tensor]):
         self.skip_head, self._hashed, self._digests = not head, hashed, {}
 
     def end(self) -> None:
-        """No further block is asked for: none need be on its way."""
+        """It is over: no further block need be on its way, and forwards give logits again and are not hashed."""
         if self._ahead is not None:
             self._ahead.stop()
+        self.skip_head = self._hashed = False
 
     @property
     def digest(self) -> str:
@@ -315,7 +317,12 @@ class Store(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         recipe = self._recipes[name]
         if self._routed is not None and self._apart(name, recipe):
-            return self._some(name, recipe, self._routed)
+            weight = self._some(name, recipe, self._routed)
+        else:
+            weight = self._whole(name)
+        return weight if self.changed is None else self.changed(name, weight.to(recipe.dtype))
+
+    def _whole(self, name: str) -> Tensor:
         if self._ahead is None:
             weight, read = self._fetch(name)
             weight = weight.to(self.device)

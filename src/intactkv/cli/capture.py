@@ -86,8 +86,6 @@ def capture_command(
     if dtype == "auto" and device_named(device).type == "cpu":
         dtype = "float32"  # so few tokens take no time, and bfloat16 costs a value up to 0.4 % of itself
     streams = not allow_quantized and larger_than_memory(model) if stream is None else stream
-    if streams and auto:
-        raise IntactKVError("--prefix auto reads the model over and over; name a prefix, or add --no-stream")
     with console.status(f"loading {model}"):
         full = load_full(model, device, dtype=dtype, stream=streams)
     if not allow_quantized:

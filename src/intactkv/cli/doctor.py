@@ -24,10 +24,20 @@ def doctor_command(
     out: Annotated[Path, typer.Option("--out", "-o", help="The page to write; figures go beside it as JSON.")] = Path(
         "intactkv-doctor.html"
     ),
+    stream: Annotated[
+        bool | None,
+        typer.Option(
+            "--stream/--no-stream",
+            help="Read the weights matrix by matrix in every run, never holding them; by default where a model takes "
+            "more than a quarter of the free memory. Layers are not measured one by one then.",
+        ),
+    ] = None,
     device: Device = "auto",
     dtype: DType = "auto",
 ) -> None:
     """Does an intact prefix help MODEL? Finds its pivots and says: worth it, marginal, no effect or harmful."""
     from intactkv.doctor.run import run as run_doctor
 
-    run_doctor(model, out, console, quantized=quantized, data=data, window=window, device=device, dtype=dtype)
+    run_doctor(
+        model, out, console, quantized=quantized, data=data, window=window, stream=stream, device=device, dtype=dtype
+    )

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from intactkv.artifact import IntactKV
 from intactkv.capturing.live import capture
 from intactkv.capturing.record import recorded
+from intactkv.checkpoint.stream import streamed
 from intactkv.decoder import input_device, watched_outputs
 from intactkv.doctor.forecast import Forecast, forecast
 from intactkv.error import IntactKVError
@@ -57,8 +58,8 @@ class Examination:
     [BOS], the first token of its chats, or the text's first, because there was no pivot or no prefix held them all).
     `evaluation` has two arms for each of `models`: "NAME own" and "NAME intact". `budgets`, `mse` `(size, layer)` and
     `by_layer` `(layer)` are of the model named `examined`: the last is the share of KL closed by one layer's intact
-    keys and values alone. `forecast` is of the full model: what quantizing with the prefix would gain. `missing` says
-    what could not be measured on this model, and why.
+    keys and values alone, and is empty where the model is streamed. `forecast` is of the full model: what quantizing
+    with the prefix would gain. `missing` says what could not be measured on this model, and why.
     """
 
     diagnosis: Diagnosis
@@ -147,8 +148,12 @@ def examine(
         budgets = []
         missing.append(f"The error budget was not measured: {error}.")
     mse = mse_by_prefix_size(full, model, windows.ids[:MSE_WINDOWS], most=max(8, size + 2))
-    step("measuring one layer after the other")
-    by_layer = layer_effects(full, model, kv, windows)
+    if streamed(model) is None:
+        step("measuring one layer after the other")
+        by_layer = layer_effects(full, model, kv, windows)
+    else:
+        by_layer = {}
+        missing.append("Layers were not measured one by one: each would read the whole model; --no-stream loads it.")
     step("forecasting what quantizing with the prefix gains")
     try:
         forecasts = forecast(full, searched, prefix)

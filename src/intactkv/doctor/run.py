@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from intactkv.checkpoint.load import load_model_on, load_tokenizer
+from intactkv.checkpoint.load import load_compared, load_full, load_tokenizer
 from intactkv.checkpoint.source import refuse_quantized
-from intactkv.checkpoint.stream import larger_than_memory
+from intactkv.checkpoint.stream import larger_than_memory, load_streamed, streamed
 from intactkv.demo import MODEL, TEXT
 from intactkv.doctor.examine import Examination, examine, to_dict
 from intactkv.doctor.html import page
-from intactkv.doctor.simulate import GROUP_SIZE, rounded_model
+from intactkv.doctor.simulate import GROUP_SIZE, round_streamed_, rounded_model
 from intactkv.doctor.words import (
     Names,
     budget_sentence,
@@ -45,27 +44,25 @@ def run(
     quantized: str | None,
     data: Path | None,
     window: int,
+    stream: bool | None = None,
     device: str = "auto",
     dtype: str = "auto",
 ) -> Examination:
     """Examine `model` (None: the embedded one), print a summary and write `out` and its figures beside it as JSON.
 
-    Without `quantized`, two models are simulated, "4-bit" and "3-bit". Raises
-    `IntactKVError` before any work where `out` cannot be written or matplotlib is missing.
+    Without `quantized`, two models are simulated, "4-bit" and "3-bit". All are streamed where `stream` says so, by
+    default where one takes more than a quarter of the free memory. Raises `IntactKVError` before any work where `out`
+    cannot be written or matplotlib is missing.
     """
     _check_out(out)
     source = MODEL if model is None else model
     tokenizer = load_tokenizer(source)
-    if larger_than_memory(source):
-        warnings.warn(
-            f"{source} takes more than a quarter of the free memory, and the doctor, which runs text through it again "
-            "and again, loads it whole; `intactkv capture` and `check` stream it",
-            stacklevel=2,
-        )
+    if stream is None:
+        stream = larger_than_memory(source) or (quantized is not None and larger_than_memory(quantized))
     with console.status(f"loading {source}"):
-        full = load_model_on(source, device, dtype=torch.float32 if model is None else dtype)
+        full = load_full(source, device, dtype=torch.float32 if model is None else dtype, stream=stream)
         refuse_quantized(full.config)
-        models = _models(full, quantized)
+        models = _models(full, source, quantized)
     tokens = first_tokens(tokenizer, read_text(data or TEXT), MOST_TOKENS)
     with console.status("examining") as status:
         begin = {"start": opening(tokenizer), "chat": first_of_chat(tokenizer)}
@@ -103,10 +100,17 @@ def names(tokenizer: PreTrainedTokenizerBase) -> Names:
     return name
 
 
-def _models(full: PreTrainedModel, quantized: str | None) -> dict[str, PreTrainedModel]:
+def _models(full: PreTrainedModel, source: str | Path, quantized: str | None) -> dict[str, PreTrainedModel]:
+    store = streamed(full)
+    device = full.device if store is None else store.device
     if quantized is not None:
-        return {"quantized": load_model_on(quantized, str(full.device), dtype=full.dtype)}
-    return {f"{bits}-bit": rounded_model(full, bits=bits) for bits in BITS}
+        return {"quantized": load_compared(quantized, str(device), dtype=full.dtype, stream=store is not None)}
+    if store is None:
+        return {f"{bits}-bit": rounded_model(full, bits=bits) for bits in BITS}
+    models = {bits: load_streamed(source, dtype=full.dtype, device=device) for bits in BITS}
+    for bits, model in models.items():
+        round_streamed_(model, bits=bits)
+    return {f"{bits}-bit": model for bits, model in models.items()}
 
 
 def _check_out(out: Path) -> None:

@@ -1,4 +1,4 @@
-"""A quantized model without a quantizer: weights rounded to nearest in place, as they would be after unpacking.
+"""A quantized model without a quantizer: weights rounded to nearest, as they would be after unpacking.
 
 For a first answer when no quantized checkpoint is at hand, with nothing to install. The levels are those of
 `intactkv.quantizing.RTN` with `symmetric=False`; weights stay in the model's dtype and nothing is packed.
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from intactkv.checkpoint.stream import streamed
 from intactkv.decoder import blocks
 from intactkv.error import IntactKVError
 
@@ -34,14 +35,40 @@ def rounded_model(full: PreTrainedModel, *, bits: int, group_size: int = GROUP_S
             "rounding is not simulated on a model with offloaded weights; load it whole, or give its quantized form"
         )
     model = copy.deepcopy(full)
+    for parameter, turned in {id(found): (found, turned) for found, turned in _matrices(model).values()}.values():
+        weight = parameter.detach().T if turned else parameter.detach()
+        weight.copy_(round_to_nearest(weight, bits=bits, group_size=group_size))
+    return model.eval()
+
+
+def round_streamed_(model: PreTrainedModel, *, bits: int, group_size: int = GROUP_SIZE) -> None:
+    """Let a streamed model round what `rounded_model` rounds, to the same numbers, each time that it is read."""
+    store = streamed(model)
+    if store is None:
+        raise IntactKVError(f"{type(model).__name__} is not streamed; take rounded_model")
+    matrices = {name: turned for name, (_, turned) in _matrices(model).items()}
+
+    def rounded(name: str, weight: Tensor) -> Tensor:
+        if name not in matrices:
+            return weight
+        turned = weight.T if matrices[name] else weight
+        found = round_to_nearest(turned, bits=bits, group_size=group_size)
+        return found.T.contiguous() if matrices[name] else found
+
+    store.changed = rounded
+
+
+def _matrices(model: PreTrainedModel) -> dict[str, tuple[nn.Parameter, bool]]:
+    """What is rounded, by its names in the model, and whether its input is its first axis."""
+    found: dict[str, tuple[nn.Parameter, bool]] = {}
+    paths = {id(module): path for path, module in model.named_modules()}
     for block in blocks(model):
         turned = {id(module.weight) for module in block.modules() if isinstance(module, Conv1D)}
         skipped = {id(p) for m in block.modules() if isinstance(m, nn.Conv1d) for p in m.parameters()}
-        for parameter in block.parameters():
+        for name, parameter in block.named_parameters(prefix=paths[id(block)], remove_duplicate=False):
             if parameter.ndim >= 2 and id(parameter) not in skipped:
-                weight = parameter.detach().T if id(parameter) in turned else parameter.detach()
-                weight.copy_(round_to_nearest(weight, bits=bits, group_size=group_size))
-    return model.eval()
+                found[name] = parameter, id(parameter) in turned
+    return found
 
 
 @torch.no_grad()

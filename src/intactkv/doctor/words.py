@@ -74,6 +74,8 @@ def budget_sentence(found: Examination) -> str:
 
 def layer_sentence(found: Examination) -> str:
     """The layer whose intact keys and values alone close most of the KL."""
+    if not found.by_layer:
+        return "Layers were not measured one by one."
     best = max(found.by_layer, key=lambda i: found.by_layer[i].value)
     gap = found.by_layer[best]
     return (
