@@ -17,21 +17,19 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 from gpu import CUDA, DEVICE, FULL, TOY, allocated, clocked, copied, decoding, intact, prefill, turns, where
-from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, PreTrainedModel
 
 from intactkv import PackedCache, Packing, attach, capture, read_packed
 from intactkv.calibrating import CalibrationConfig, Objective, Sample
-from intactkv.calibrating.step import order, step_
+from intactkv.calibrating.step import order, step_, with_tensors
 from intactkv.calibrating.targets import Live
-from intactkv.calibrating.train import _start
+from intactkv.calibrating.train import _start, sized
 from intactkv.checkpoint.load import load_model_on, load_tokenizer
 from intactkv.demo import MODEL, TEXT
 from intactkv.doctor.simulate import rounded_model
@@ -45,6 +43,7 @@ WINDOWS, WINDOW = (150, 512) if CUDA else (4, 32)
 STEPS, SAMPLES = (4, 16) if CUDA else (1, 4)
 WAYS: dict[str, dict[str, Any]] = {  # of one calibration step
     "one sample in a forward": {"micro_batch": 1},
+    "as many as fit": {},
     "4 samples": {"micro_batch": 4, "activation_bytes": 2**36},
     "all samples": {"micro_batch": SAMPLES, "activation_bytes": 2**36},
     "all samples, blocks computed twice": {"micro_batch": SAMPLES, "checkpoint_blocks": True},
@@ -190,7 +189,7 @@ def harness_figures(full: PreTrainedModel, model: PreTrainedModel) -> dict[str, 
 
 
 def calibrate_figures(full: PreTrainedModel, model: PreTrainedModel) -> dict[str, Any]:
-    """Seconds and peak memory of a step of 16 samples by each way, and what the card does in one."""
+    """Seconds and peak memory of a step of 16 samples by each way."""
     kv = capture(full, [BOS])
     ids = prefixed_windows(stream(2 * SAMPLES * (WINDOW - 1)), prefix=kv.ids, window=WINDOW).ids
     samples = [Sample(row.clone(), torch.arange(WINDOW) >= 1) for row in ids]
@@ -213,7 +212,8 @@ def calibrate_row(
     targets = Live(full, kv.ids.cpu())
     with torch.enable_grad(), frozen(model):
         state = _start(kv, model, config)
-        config = replace(config, checkpoint_blocks=checkpointed(kv, model, samples, config))
+        own = with_tensors(kv, state.tensors)
+        config = sized(own, model, samples, config)
 
         def one() -> None:
             chosen = [samples[i] for i in order(len(samples), state.step, config)]
@@ -223,26 +223,9 @@ def calibrate_row(
         one()
         extra = allocated(lambda: clocked(one))
         seconds = median(clocked(one) for _ in range(STEPS))
-        kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if CUDA else [])]
-        with profile(activities=kinds) as seen:
-            took = clocked(one)
-    kernels = [event for event in seen.events() if event.device_type.name == "CUDA"]
-    busy = sum(event.self_device_time_total for event in kernels) / 1e6
     return {"step_s": round(seconds, 3), "160_steps_s": round(160 * seconds), "peak_MiB": round(extra),
-            "kernels": len(kernels), "card_busy": round(busy / took, 2), "checkpointed": config.checkpoint_blocks,
+            "micro_batch": config.micro_batch, "checkpointed": config.checkpoint_blocks,
             "first_loss": state.losses[0]}  # fmt: skip
-
-
-def checkpointed(kv: Any, model: PreTrainedModel, samples: list[Sample], config: CalibrationConfig) -> bool:
-    """As `calibrate` decides it."""
-    from intactkv.calibrating.activations import activations_fit
-    from intactkv.calibrating.step import with_tensors
-
-    if config.checkpoint_blocks is not None:
-        return config.checkpoint_blocks
-    own = with_tensors(kv, _start(kv, model, config).tensors)
-    rows = samples[: config.micro_batch]
-    return not activations_fit(own, model, rows, config.objective, most_bytes=config.activation_bytes)
 
 
 # How costs grow

@@ -83,7 +83,7 @@ def main(
     objectives: Annotated[str, typer.Option(help="Some of blocks,KL.")] = "blocks,KL",
     steps: Annotated[int, typer.Option(help="Steps of training.")] = 160,
     batch_size: Annotated[int, typer.Option(help="Samples in a step.")] = 16,
-    micro_batch: Annotated[int, typer.Option(help="Samples in a forward.")] = 1,
+    micro_batch: Annotated[int | None, typer.Option(help="Samples in a forward; as many as fit by default.")] = None,
     learning_rate: Annotated[float, typer.Option(help="AdamW's.")] = 1e-2,
     decay: Annotated[bool, typer.Option(help="Let the learning rate fall to 0.")] = True,
     samples: Annotated[int, typer.Option(help="Pieces to learn from.")] = 128,

@@ -74,8 +74,9 @@ def main(
             return ", ".join(f"{arm[metric]['value']:.{digits}f}" for arm in (own, intact))
 
         print(
-            f"| {path.stem} | {both('kl_mean', 4)} | {100 * gap['value']:.1f} [{100 * gap['low']:.1f}, "
-            f"{100 * gap['high']:.1f}] | {both('kl_median', 4)} | {both('kl_99_9', 2)} | {both('same_top1_percent', 1)} "
+            f"| {path.stem} | {both('kl_mean', 4)} "
+            f"| {100 * gap['value']:.1f} [{100 * gap['low']:.1f}, {100 * gap['high']:.1f}] "
+            f"| {both('kl_median', 4)} | {both('kl_99_9', 2)} | {both('same_top1_percent', 1)} "
             f"| {both('perplexity', 2)} ({told['arms']['full']['perplexity']['value']:.2f}) |"
         )
 

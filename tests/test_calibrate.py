@@ -36,7 +36,7 @@ from intactkv.calibrating.judge import verdict_of
 from intactkv.calibrating.outputs import batched, outputs
 from intactkv.calibrating.step import gradients_, order, step_, with_tensors
 from intactkv.calibrating.targets import Live
-from intactkv.calibrating.train import _start
+from intactkv.calibrating.train import _start, most_that_fit, sized
 from intactkv.evaluating import TokenMetrics
 from intactkv.processes import exchange_device, share
 
@@ -171,6 +171,35 @@ def test_micro_batches_and_checkpointing_do_not_change_the_gradient(trio: Any) -
     for loss, gradients in got[1:]:
         assert loss == pytest.approx(got[0][0], rel=1e-5)
         torch.testing.assert_close(gradients, got[0][1], rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("room", "most", "size"), [(0, 16, 1), (1, 16, 1), (5, 16, 4), (16, 16, 16), (99, 12, 12), (9, 1, 1)]
+)
+def test_as_many_samples_go_into_a_forward_as_fit(room: int, most: int, size: int) -> None:
+    asked = []
+
+    def fits(count: int) -> bool:
+        asked.append(count)
+        return count <= room
+
+    assert most_that_fit(fits, most) == size
+    assert all(count <= most for count in asked)
+
+
+def test_what_is_not_said_is_decided_by_device_and_room(trio: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, model, kv = trio
+    rows, config = samples(6, 1).rows, replace(QUICK, objective=BOTH, batch_size=4)
+    own = with_tensors(kv, start(kv, model, config))
+    assert sized(own, model, rows, config).micro_batch == 1  # a CPU has enough to do
+    monkeypatch.setattr("intactkv.calibrating.train.input_device", lambda model: torch.device("cuda"))
+    for room, (size, again) in {2**40: (4, False), 0: (1, True)}.items():
+        found = sized(own, model, rows, replace(config, activation_bytes=room))
+        assert (found.micro_batch, found.checkpoint_blocks) == (size, again)
+    found = sized(own, model, rows, replace(config, micro_batch=3, checkpoint_blocks=True))
+    assert (found.micro_batch, found.checkpoint_blocks) == (3, True)
+    with pytest.raises(IntactKVError, match="micro_batch=0 is too few"):
+        replace(config, micro_batch=0)
 
 
 def test_bfloat16_models_train_float32_tensors_and_save_what_was_measured() -> None:

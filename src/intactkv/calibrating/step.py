@@ -33,9 +33,10 @@ class CalibrationConfig:
     `learning_rate` None is the paper's 2e-4 for its objective, and 1e-2 where KL is learned from. With `decay` it falls
     to 0 along half a cosine; None does so where KL is learned from.
 
-    `batch_size` samples make a step, `micro_batch` of them are in a forward. Only `parts` ("key", "value") of
-    `layers` (None: all) are trained. Held-out KL is read every `check_every` steps; after `patience` readings
-    without a better one training stops.
+    `batch_size` samples make a step, `micro_batch` of them are in a forward; None is one on a CPU, elsewhere as many
+    as `activation_bytes` has room for, so that a GPU has enough to do. Only `parts` ("key", "value") of `layers` (None:
+    all) are trained. Held-out KL is read every `check_every` steps; after `patience` readings without a better one
+    training stops.
 
     `checkpoint_blocks` computes every block twice to save memory; None does so where a micro-batch's graph would take
     more than `activation_bytes`. A full model on a CPU computes each target once: the next time it is read from a
@@ -47,7 +48,7 @@ class CalibrationConfig:
     decay: bool | None = None
     steps: int = 160
     batch_size: int = 16
-    micro_batch: int = 1
+    micro_batch: int | None = None
     parts: tuple[str, ...] = ("key", "value")
     layers: tuple[int, ...] | None = None
     clip: float = 1.0
@@ -60,7 +61,7 @@ class CalibrationConfig:
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "micro_batch", "check_every", "patience"):
-            if getattr(self, name) < 1:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise IntactKVError(f"{name}={getattr(self, name)} is too few; use 1 or more")
         if self.batch_size > 2**16 or not 0 <= self.seed < 2**32:
             raise IntactKVError(
@@ -125,7 +126,8 @@ def gradients_(
 ) -> float:  # fmt: skip
     """Leave the gradient of the loss over `rows`, summed over all processes, on the tensors; the loss."""
     prefix, goal = kv.ids.cpu(), config.objective
-    batches = [list(rows[i : i + config.micro_batch]) for i in range(0, len(rows), config.micro_batch)]
+    size = config.micro_batch or 1
+    batches = [list(rows[i : i + size]) for i in range(0, len(rows), size)]
     whole = batched(rows, prefix=prefix)
     weights = (goal.blocks / max(1, int(whole.learned.sum())), goal.kl / max(1, int(whole.predicting.sum())))
     total = torch.zeros((), dtype=torch.float64)

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -28,7 +29,7 @@ from intactkv.calibrating.activations import activations_fit
 from intactkv.calibrating.backward import backend_name, checkpointing, frozen, straight_through
 from intactkv.calibrating.judge import held_out_metrics, verdict_of
 from intactkv.calibrating.outputs import batched, outputs
-from intactkv.calibrating.samples import Split
+from intactkv.calibrating.samples import Sample, Split
 from intactkv.calibrating.spool import Kept, Spool
 from intactkv.calibrating.state import State, load_state_, save_state
 from intactkv.calibrating.step import CalibrationConfig, backward_, order, step_, with_tensors
@@ -109,6 +110,7 @@ def calibrate(
         "skipped": {reason: len(names) for reason, names in data.train.skipped.items()},
         "straight_through": mended,
         "checkpointed": config.checkpoint_blocks,
+        "micro_batch": config.micro_batch,
         "steps": state.step,
         "best_step": state.best_step,
         "readings": state.readings,
@@ -189,27 +191,45 @@ def _with(kv: IntactKV, tensors: dict[str, Tensor], model: PreTrainedModel) -> I
 def _settled(
     stack: ExitStack, kv: IntactKV, model: PreTrainedModel, targets: Targets, data: Split, config: CalibrationConfig
 ) -> tuple[CalibrationConfig, dict[str, int]]:
-    """The config with it decided whether blocks are checkpointed, and the kernels mended while `stack` is open."""
-    rows = sorted(data.train.rows, key=lambda row: len(row.ids))[-config.micro_batch :]
+    """The config with it decided how many samples are in a forward and whether blocks are checkpointed, and the kernels
+    mended while `stack` is open."""
+    longest = sorted(data.train.rows, key=lambda row: len(row.ids))
     own = with_tensors(kv, _start(kv, model, config).tensors)
-    with (
-        torch.no_grad()
-    ):  # as every reading does: bitsandbytes' nf4 then packs its weights and has no backward any more
-        outputs(model, batched(rows, prefix=kv.ids.cpu()), blocks=False, logits=True)
+    # as every reading does: bitsandbytes' nf4 then packs its weights and has no backward any more
+    with torch.no_grad():
+        outputs(model, batched(longest[-(config.micro_batch or 1) :], prefix=kv.ids.cpu()), blocks=False, logits=True)
 
-    def decided() -> CalibrationConfig:
-        if config.checkpoint_blocks is not None:
-            return config
-        fits = activations_fit(own, model, rows, config.objective, most_bytes=config.activation_bytes)
-        return replace(config, checkpoint_blocks=not fits)
-
-    found = decided()
+    found = sized(own, model, longest, config)
     mended = _let_gradients_through(stack, kv, model, targets, data, found)
     if mended:
-        found = decided()
+        found = sized(own, model, longest, config)
     if found.checkpoint_blocks:
         _refuse_noise(kv, model, data)
     return found, mended
+
+
+def sized(
+    kv: IntactKV, model: PreTrainedModel, longest: Sequence[Sample], config: CalibrationConfig
+) -> CalibrationConfig:
+    """`config` with what is None in it decided: how many of the samples, longest last, and whether blocks twice."""
+
+    @cache
+    def fits(count: int) -> bool:
+        return activations_fit(kv, model, longest[-count:], config.objective, most_bytes=config.activation_bytes)
+
+    size, again = config.micro_batch, config.checkpoint_blocks
+    if size is None:
+        most = 1 if input_device(model).type == "cpu" else min(config.batch_size, len(longest))
+        size = most_that_fit(fits, most)
+    return replace(config, micro_batch=size, checkpoint_blocks=not fits(size) if again is None else again)
+
+
+def most_that_fit(fits: Callable[[int], bool], most: int) -> int:
+    """The largest of 1, 2, 4, … and `most` that fits; 1 if none does."""
+    size = 1
+    while size < most and fits(min(2 * size, most)):
+        size = min(2 * size, most)
+    return size
 
 
 def _let_gradients_through(
