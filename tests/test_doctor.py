@@ -311,6 +311,15 @@ def test_models_larger_than_memory_are_streamed(large: str, tmp_path: Path, monk
             run(full, tmp_path / "page.html", Console(), quantized=quantized, data=None, window=128, stream=asked)
 
 
+@pytest.mark.parametrize("models", [("owner/name", None), (str(MODEL), "owner/name")])
+def test_what_is_not_at_hand_is_not_fetched_again_and_again(
+    models: tuple[str, str | None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("intactkv.doctor.run.load_tokenizer", lambda source: None)
+    with pytest.raises(IntactKVError, match=r"owner/name is not in the Hub's cache.*: hf download owner/name"):
+        run(models[0], tmp_path / "page.html", Console(), quantized=models[1], data=None, window=128, stream=True)
+
+
 @pytest.mark.parametrize("name", ["llama-gqa", "gpt2", "mixtral", "qwen3-moe"])
 def test_a_streamed_model_is_rounded_to_the_same_numbers(name: str, tmp_path: Path) -> None:
     build(by_name(name)).save_pretrained(tmp_path)

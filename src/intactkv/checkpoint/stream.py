@@ -60,6 +60,14 @@ def larger_than_memory(source: str | os.PathLike[str]) -> bool:
     return bool(stored_bytes(source) > psutil.virtual_memory().available / 4)
 
 
+def check_at_hand(source: str | os.PathLike[str], work: str) -> None:
+    """Raise `IntactKVError` where `work`, which reads a model many times, would fetch it from the Hub each time."""
+    if not Path(source).exists() and in_cache(str(source)) is None:
+        raise IntactKVError(
+            f"{source} is not in the Hub's cache, and {work} reads it many times; get it first: hf download {source}"
+        )
+
+
 def streamed(model: PreTrainedModel) -> Store | None:
     """Where the weights of a streamed model come from; None for any other."""
     return getattr(model, "_intactkv_store", None)

@@ -70,7 +70,7 @@ def capture_command(
     from intactkv.capturing.live import capture
     from intactkv.checkpoint.load import device_named, load_full, load_tokenizer
     from intactkv.checkpoint.source import refuse_quantized
-    from intactkv.checkpoint.stream import larger_than_memory
+    from intactkv.checkpoint.stream import check_at_hand, larger_than_memory
     from intactkv.demo import TEXT
     from intactkv.pivots import without_pivot
     from intactkv.pivots.discover import behind
@@ -86,6 +86,8 @@ def capture_command(
     if dtype == "auto" and device_named(device).type == "cpu":
         dtype = "float32"  # so few tokens take no time, and bfloat16 costs a value up to 0.4 % of itself
     streams = not allow_quantized and larger_than_memory(model) if stream is None else stream
+    if streams and auto:
+        check_at_hand(model, "--prefix auto")
     with console.status(f"loading {model}"):
         full = load_full(model, device, dtype=dtype, stream=streams)
     if not allow_quantized:

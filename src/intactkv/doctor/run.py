@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from intactkv.checkpoint.load import load_compared, load_full, load_tokenizer
 from intactkv.checkpoint.source import refuse_quantized
-from intactkv.checkpoint.stream import larger_than_memory, load_streamed, streamed
+from intactkv.checkpoint.stream import check_at_hand, larger_than_memory, load_streamed, streamed
 from intactkv.demo import MODEL, TEXT
 from intactkv.doctor.examine import Examination, examine, to_dict
 from intactkv.doctor.html import page
@@ -59,6 +59,9 @@ def run(
     tokenizer = load_tokenizer(source)
     if stream is None:
         stream = larger_than_memory(source) or (quantized is not None and larger_than_memory(quantized))
+    for each in (source, quantized) if stream else ():
+        if each is not None:
+            check_at_hand(each, "the doctor")
     with console.status(f"loading {source}"):
         full = load_full(source, device, dtype=torch.float32 if model is None else dtype, stream=stream)
         refuse_quantized(full.config)
