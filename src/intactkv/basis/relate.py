@@ -1,7 +1,7 @@
 """What takes one head's keys or values to another's: nothing, a scale per channel, a rotation, or nothing known.
 
 Pure maths on rows that two models gave for the same noise, once let in through one half of the input channels and
-once through the other (`basis.py`). Rounding errors are as linear in the input as keys and values are, so holding out
+once through the other (`compare.py`). Rounding errors are as linear in the input as keys and values are, so holding out
 tokens does not tell them from a change of basis; holding out *input channels* does: what is true of a channel is
 found again from the other half of its weights, what rounding did to it is not.
 """

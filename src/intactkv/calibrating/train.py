@@ -1,7 +1,7 @@
 """Train the keys and values of an intact prefix to absorb what is left of the quantization error.
 
-AdamW on nothing but the keys and values; the quantized model is frozen. A resumed run
-needs no more than its state. What this gives up: a calibrated artifact fits one quantized model only.
+AdamW on nothing but the keys and values; the quantized model is frozen. A resumed run needs no more than its state.
+What this gives up: a calibrated artifact fits one quantized model only.
 
 Source: Liu et al., "IntactKV", Findings of ACL 2024, arXiv 2403.01241, section 3.3.
 """

@@ -34,7 +34,7 @@ from intactkv.heads import heads_of
 from intactkv.positions import check_tokens
 from intactkv.processes import gathered, share
 
-FULL = ("full", "full bare")
+FULL = ("full", "full bare")  # the full model's own names: shown all of every window, and without the first tokens
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,9 +57,8 @@ class Evaluation:
 
     `metrics` holds, under "full" and then under each arm's name, TokenMetrics of shape (window, length) on
     the CPU, each value at the position of the token that was *predicted*; "full bare" is the full model where arms
-    skip the prefix. `block_mse` holds, by arm, float64
-    (layer), empty if not asked for. `pairs` are the arms (own, intact) that differ only in the prefix.
-    `seconds` is the wall time of all forwards and their comparison.
+    skip the prefix. `block_mse` holds, by arm, float64 (layer), empty if not asked for. `pairs` are the arms
+    (own, intact) that differ only in the prefix. `seconds` is the wall time of all forwards and their comparison.
     """
 
     metrics: Mapping[str, TokenMetrics]

@@ -36,13 +36,13 @@ def compress_(
 ) -> Method:
     """Transform and round `full` by `method`, in place; its weights are rounded, not yet packed.
 
-    Returns `method` as it was done, with its group size where it was "auto".
+    Returns `method` as it was done, with its group size where it was "auto". `transformed` is called once with the
+    model after the transforms and before any rounding, which is switched off for it; there `aware`, which says what
+    steps are shown of the calibration, is given the intact KV. `aware` must have been made for
+    `batches(calibration, method)`. `device` None is an accelerator if there is one. `progress(done, total)` counts
+    blocks.
 
-    `transformed` is called once with the model after the transforms and before any rounding, which is switched off
-    for it; there `aware`, which says what steps are shown of the calibration, is given the intact KV. `aware` must
-    have been made for `batches(calibration, method)`. `device` None is an accelerator if there is one.
-    `progress(done, total)` counts blocks. Raises IntactKVError where
-    the method does not fit the model.
+    Raises IntactKVError where the method does not fit the model.
     """
     from llmcompressor import oneshot
     from llmcompressor.core import LifecycleCallbacks, create_session
