@@ -30,6 +30,7 @@ from intactkv.evaluating.metrics import (
     token_metrics,
 )
 from intactkv.evaluating.windows import Windows
+from intactkv.files import json_data
 from intactkv.heads import heads_of
 from intactkv.positions import check_tokens
 from intactkv.processes import gathered, share
@@ -135,7 +136,7 @@ class Evaluation:
             "block_mse": {name: mse.tolist() for name, mse in self.block_mse.items()},
             "kl_by_position": {name: self.kl_by_position(name).tolist() for name in self.arms},
         }
-        return _finite(data)
+        return json_data(data)
 
     def _pair_to_dict(self, own: str, intact: str, again: dict[str, int]) -> dict[str, Any]:
         difference = self.difference(own=own, intact=intact, **again)
@@ -324,15 +325,6 @@ def _block_squares(
 
 def _generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
-
-
-def _finite(data: Any) -> Any:
-    """Plain data in which every float is a number that JSON has, or None."""
-    if isinstance(data, dict):
-        return {key: _finite(value) for key, value in data.items()}
-    if isinstance(data, list):
-        return [_finite(value) for value in data]
-    return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
 def check_names(names: Sequence[str], batch_size: int) -> None:
