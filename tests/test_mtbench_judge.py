@@ -224,6 +224,19 @@ def test_a_changed_answer_is_graded_anew(bench: Path, stub: Stub, questions: lis
     assert len(mtbench.read(judgment_path(bench, "judge"))) == 30
 
 
+@pytest.mark.parametrize("score", ["no rating", "8", None, -1])
+def test_a_grade_that_show_would_not_count_is_asked_for_again(
+    bench: Path, stub: Stub, questions: list[Question], score: Any
+) -> None:
+    run(bench, stub, questions)
+    path = judgment_path(bench, "judge")
+    first, *others = mtbench.read(path)
+    mtbench.write(path, [{**first, "score": score}, *others])
+    done = run(bench, stub, questions)
+    assert (done.graded, done.there, done.stale) == (1, 29, 1)
+    assert all(isinstance(row["score"], int | float) for row in mtbench.read(path))
+
+
 def test_references_are_shown_where_answers_are_right_or_wrong(
     bench: Path, stub: Stub, questions: list[Question]
 ) -> None:

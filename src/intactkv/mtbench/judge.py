@@ -85,6 +85,11 @@ def rating(reply: str) -> float | None:
     return found.pop() if len(found) == 1 and 1 <= max(found) <= 10 else None
 
 
+def is_grade(score: Any) -> bool:
+    """Whether a file's score is one that a judge gave; FastChat writes -1 where it gave none."""
+    return isinstance(score, int | float) and not isinstance(score, bool) and 1 <= score <= 10
+
+
 def tasks(
     questions: Sequence[Question],
     answers: Mapping[str, Mapping[int | str, list[str]]],
@@ -127,13 +132,13 @@ def judge(
     kept = {}
     if path.exists():
         key = ("question_id", "model", "turn")
-        for row in read_lines(path, needed=(*key, "user_prompt", "score"), keys=(*key, "score")):
+        for row in read_lines(path, needed=(*key, "user_prompt", "score"), keys=key):
             kept[row["question_id"], row["model"], row["turn"]] = row
     outcome = Outcome(without_reference=bare)
     missing = []
     for task in wanted:
         there = kept.get(task.key)
-        if there is not None and there["user_prompt"] == task.text and float(there["score"]) >= 1:
+        if there is not None and there["user_prompt"] == task.text and is_grade(there["score"]):
             outcome.there += 1
         else:
             outcome.stale += there is not None
