@@ -38,7 +38,7 @@ from intactkv.decoder import input_device
 from intactkv.error import IntactKVError
 from intactkv.files import json_data
 from intactkv.heads import heads_of
-from intactkv.positions import check_positions
+from intactkv.positions import check_tokens
 from intactkv.processes import grouped, is_main, wait
 
 _SAVE_SECONDS = 30.0
@@ -121,7 +121,7 @@ def calibrate(
 
 
 def _check(kv: IntactKV, model: PreTrainedModel, data: Split, config: CalibrationConfig) -> None:
-    prefix, vocab = kv.ids.cpu(), model.config.get_text_config(decoder=True).vocab_size
+    prefix = kv.ids.cpu()
     for part in (data.train, data.choose, data.judge):
         for i, row in enumerate(part.rows):
             if not torch.equal(row.ids[: len(prefix)], prefix):
@@ -129,9 +129,7 @@ def _check(kv: IntactKV, model: PreTrainedModel, data: Split, config: Calibratio
                     f"sample {i} of {part.source} does not begin with the {len(prefix)} prefix tokens, so the intact "
                     "KV does nothing for it; make samples with prefix=kv.ids"
                 )
-            check_positions(model.config, len(row.ids), f"sample {i} of {part.source}")
-            if int(row.ids.min()) < 0 or int(row.ids.max()) >= vocab:
-                raise IntactKVError(f"sample {i} of {part.source} has ids outside the vocabulary of {vocab}")
+            check_tokens(model.config, row.ids[None], f"sample {i} of {part.source}")
             if not bool(batched([row], prefix=prefix).predicting.any()):
                 raise IntactKVError(f"sample {i} of {part.source} has nothing to learn after the prefix; leave it out")
     missing = sorted(set(config.layers or ()) - set(kv.layers))
