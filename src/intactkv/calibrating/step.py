@@ -134,8 +134,7 @@ def gradients_(
     for tensor in tensors.values():
         tensor.grad = None
     for part in share(batches):
-        loss = backward_(with_tensors(kv, tensors), model, targets, part, goal, weights, bool(config.checkpoint_blocks))
-        total += loss
+        total += backward_(with_tensors(kv, tensors), model, targets, part, config, weights)
     gradients = [torch.zeros_like(t) if t.grad is None else t.grad for t in tensors.values()]
     if grouped():
         sum_(gradients)
@@ -146,14 +145,17 @@ def gradients_(
 
 
 def backward_(
-    kv: IntactKV, model: PreTrainedModel, targets: Targets, rows: list[Sample], goal: Objective,
-    weights: tuple[float, float], checkpoint: bool,
+    kv: IntactKV, model: PreTrainedModel, targets: Targets, rows: list[Sample], config: CalibrationConfig,
+    weights: tuple[float, float],
 ) -> float:  # fmt: skip
-    """Forward and backward of one micro-batch, by this process alone; its part of the loss."""
-    batch = batched(rows, prefix=kv.ids.cpu())
+    """Forward and backward of one micro-batch, by this process alone; its part of the loss.
+
+    `weights` are what a token's block error and its KL count in it.
+    """
+    batch, goal = batched(rows, prefix=kv.ids.cpu()), config.objective
     wanted: dict[str, Any] = {"blocks": goal.blocks > 0, "logits": goal.kl > 0}
     full = targets.of(rows, **wanted)
-    with checkpointing(model, on=checkpoint), attach(model, kv, check=False):
+    with checkpointing(model, on=bool(config.checkpoint_blocks)), attach(model, kv, check=False):
         own = outputs(model, batch, **wanted)
         parts = zip(weights, goal.sums(full, own), strict=True)
         loss = torch.stack([weight * part for weight, part in parts if part is not None]).sum()

@@ -239,7 +239,7 @@ def _let_gradients_through(
         state, row = _start(kv, model, config), [data.train.rows[0]]
         try:
             own = with_tensors(kv, state.tensors)
-            backward_(own, model, targets, row, config.objective, (1.0, 1.0), bool(config.checkpoint_blocks))
+            backward_(own, model, targets, row, config, (1.0, 1.0))
         except RuntimeError as error:  # "does not require grad", "derivative for … is not implemented"
             return list(state.tensors), f" ({str(error).splitlines()[0]})"
         return [name for name, t in state.tensors.items() if t.grad is None or not bool(t.grad.any())], ""
