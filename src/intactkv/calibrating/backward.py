@@ -23,13 +23,6 @@ from intactkv.decoder import input_device
 _ROWS = 512  # of the identity at a time
 
 
-def backend_name(model: PreTrainedModel) -> str:
-    """What made the model's weights, as far as its configuration says it."""
-    config = getattr(model.config, "quantization_config", None)
-    method = config.get("quant_method") if isinstance(config, dict) else getattr(config, "quant_method", None)
-    return str(getattr(method, "value", method) or type(model).__name__)
-
-
 @contextmanager
 def frozen(model: PreTrainedModel) -> Iterator[None]:
     """While it is open, no weight of `model` learns; afterwards each is as it was."""

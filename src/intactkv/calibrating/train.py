@@ -26,7 +26,7 @@ from intactkv.artifact import IntactKV
 from intactkv.artifact.digest import weights_digest
 from intactkv.attaching.handle import attach
 from intactkv.calibrating.activations import activations_fit
-from intactkv.calibrating.backward import backend_name, checkpointing, frozen, straight_through
+from intactkv.calibrating.backward import checkpointing, frozen, straight_through
 from intactkv.calibrating.judge import held_out_metrics, verdict_of
 from intactkv.calibrating.outputs import batched, outputs
 from intactkv.calibrating.samples import Sample, Split
@@ -34,8 +34,9 @@ from intactkv.calibrating.spool import Kept, Spool
 from intactkv.calibrating.state import State, load_state_, save_state
 from intactkv.calibrating.step import CalibrationConfig, backward_, order, step_, with_tensors
 from intactkv.calibrating.targets import Live, Targets
+from intactkv.checkpoint.source import quantizer
 from intactkv.decoder import input_device
-from intactkv.error import IntactKVError
+from intactkv.error import IntactKVError, first_line
 from intactkv.files import json_data
 from intactkv.heads import heads_of
 from intactkv.positions import check_tokens
@@ -241,7 +242,7 @@ def _let_gradients_through(
             own = with_tensors(kv, state.tensors)
             backward_(own, model, targets, row, config, (1.0, 1.0))
         except RuntimeError as error:  # "does not require grad", "derivative for … is not implemented"
-            return list(state.tensors), f" ({str(error).splitlines()[0]})"
+            return list(state.tensors), f" ({first_line(error)})"
         return [name for name, t in state.tensors.items() if t.grad is None or not bool(t.grad.any())], ""
 
     if not unreached()[0]:
@@ -249,10 +250,11 @@ def _let_gradients_through(
     mended = stack.enter_context(straight_through(model))
     names, why = unreached()
     if names:
+        through = " by ".join(filter(None, (type(model).__name__, quantizer(model.config))))
         raise IntactKVError(
-            f"no gradient reaches {names[0]} and {len(names) - 1} other tensors through {type(model).__name__} by "
-            f"{backend_name(model)}{why}; calibrate on a dequantized copy of it, without checkpointing its blocks, or "
-            "with a kernel that has a backward pass (docs/backends.md)"
+            f"no gradient reaches {names[0]} and {len(names) - 1} other tensors through {through}{why}; calibrate "
+            "on a dequantized copy of it, without checkpointing its blocks, or with a kernel that has a backward pass "
+            "(docs/backends.md)"
         )
     return mended
 
