@@ -175,8 +175,7 @@ def _data(plan: Plan, ids: tuple[int, ...]) -> tuple[Split, Windows]:
     tokens = tokenizer(read_text(plan.text), add_special_tokens=False, verbose=False).input_ids
     measure = prefixed_windows(tokens, prefix=ids, window=plan.window)
     step = len(measure) // plan.windows
-    measure = Windows(measure.ids[::step][: plan.windows], measure.scored[::step][: plan.windows])
-    return split(mixed, held_out=plan.held_out), measure
+    return split(mixed, held_out=plan.held_out), measure[::step][: plan.windows]
 
 
 def _shortened(kv: IntactKV, length: int) -> IntactKV:

@@ -51,8 +51,7 @@ def measured(
 
     def windows(path: Path, window: int, count: int) -> Windows:
         tokens = tokenizer(read_text(path), add_special_tokens=False, verbose=False).input_ids
-        cut = prefixed_windows(tokens, prefix=prefix, window=window)
-        return Windows(cut.ids[:count], cut.scored[:count])
+        return prefixed_windows(tokens, prefix=prefix, window=window)[:count]
 
     learned = windows(data / "calib" / "wikitext2_valid_tokenised.txt", BUDGET_WINDOW, BUDGET_WINDOWS)
     shown = windows(data / "eval" / "c4_sample_500.jsonl", WINDOW, WINDOWS)

@@ -236,8 +236,7 @@ def main(
         del full
     text = first_tokens(tokenizer, read_text(data / "eval" / "c4_sample_500.jsonl"), None)
     every = prefixed_windows(text, prefix=prefix, window=length)
-    step = len(every) // windows
-    shown = Windows(every.ids[::step][:windows], every.scored[::step][:windows])
+    shown = every[:: len(every) // windows][:windows]
     held: list[Tensor] = []
     for kind in kinds.split(","):
         for matrix in MATRICES:

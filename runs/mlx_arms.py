@@ -22,7 +22,7 @@ from mlx_lm import convert
 
 from intactkv import bos, capture
 from intactkv.checkpoint.load import load_model, load_tokenizer
-from intactkv.evaluating import Windows, prefixed_windows, three_arms
+from intactkv.evaluating import prefixed_windows, three_arms
 from intactkv.files import write_atomically
 from intactkv.serving.mlx import write_prompt_cache
 from intactkv.texts import first_tokens, read_text
@@ -47,8 +47,7 @@ def main(
     kv = capture(full, prefix, logits=False)
     text = first_tokens(tokenizer, read_text(data / "eval" / "c4_sample_500.jsonl"), None)
     every = prefixed_windows(text, prefix=prefix, window=length)
-    step = len(every) // windows
-    shown = Windows(every.ids[::step][:windows], every.scored[::step][:windows])
+    shown = every[:: len(every) // windows][:windows]
     for number in map(int, bits.split(",")):
         made, dense, out = (folder / f"q{number}{end}" for end in ("", "-dense", ".json"))
         file = folder / f"q{number}-prefix.safetensors"

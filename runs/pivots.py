@@ -21,7 +21,7 @@ from torch import Tensor
 from intactkv import bos, capture
 from intactkv.checkpoint.load import load_model, load_tokenizer
 from intactkv.doctor.simulate import rounded_model
-from intactkv.evaluating import Arm, Windows, evaluate, prefixed_windows
+from intactkv.evaluating import Arm, evaluate, prefixed_windows
 from intactkv.files import replacing
 from intactkv.pivots.measure import LayerPivot, first_token_pivots, measure
 from intactkv.pivots.pair import mse_by_prefix_size
@@ -71,7 +71,7 @@ def seen(name: str, model: str, text: Path) -> Seen:
     rounded = rounded_model(full, bits=SIMULATED_BITS, group_size=GROUP)
     mse = mse_by_prefix_size(full, rounded, ids[:2], most=SIZES)
     arms = [Arm("own", rounded), Arm("intact", rounded, capture(full, bos(tokenizer)))]
-    found = evaluate(full, arms, Windows(windows.ids[:KL_WINDOWS], windows.scored[:KL_WINDOWS]), block_mse=False)
+    found = evaluate(full, arms, windows[:KL_WINDOWS], block_mse=False)
     return Seen(
         name,
         first_token_pivots(measure(full, ids)),

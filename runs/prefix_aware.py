@@ -159,8 +159,7 @@ class Bench:
         return chat_prefix(self.tokenizer)
 
     def cut(self, tokens: list[int], prefix: list[int], first: int, count: int) -> Windows:
-        cut = prefixed_windows(tokens, prefix=prefix, window=WINDOW)
-        return Windows(cut.ids[first : first + count], cut.scored[first : first + count])
+        return prefixed_windows(tokens, prefix=prefix, window=WINDOW)[first : first + count]
 
     def measured(self, job: Job, out: Path, texts: list[str]) -> dict[str, Any]:
         """Make one checkpoint and measure it; the folder is deleted again."""

@@ -75,8 +75,7 @@ def main(
         return prefixed_windows(tokens, prefix=prefix, window=window)
 
     learn = cut(first if calibration is None else read_text(calibration)).ids[:LEARN]
-    measure = cut(second if text is None else read_text(text))
-    measure = Windows(measure.ids[:windows], measure.scored[:windows])
+    measure = cut(second if text is None else read_text(text))[:windows]
     raw, todo = capture(full, prefix), list(methods(iterations))
     title = (
         f"{len(measure)} windows of {window} tokens; {len(learn)} for calibration; groups of {GROUP}; prefix {prefix}"

@@ -133,7 +133,7 @@ def test_one_pass_over_the_full_model_serves_models_that_come_later(
     found, _ = cached(loads, kv, windows, tmp_path, names=("w2", "w3"))
     assert loads.loaded == ["w2"]
     same(found, plain(loads, kv, windows, names=("w2", "w3")))
-    fewer = Windows(windows.ids[:2], windows.scored[:2])  # other batches of the same windows: nothing new of the full
+    fewer = windows[:2]  # other batches of the same windows: nothing new of the full
     cached(loads, kv, fewer, tmp_path, names=("w2",))
     assert loads.loaded == ["w2"]
 

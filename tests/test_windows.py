@@ -26,6 +26,14 @@ def test_paper_windows_exactly() -> None:
     assert windows.scored.tolist() == [[False, False, True, True, True]] * 2
 
 
+def test_some_windows_are_windows_of_the_same_labels() -> None:
+    windows = prefixed_windows(range(10, 40), prefix=[1, 2], window=6)
+    assert torch.equal(windows[1:6:2].ids, windows.ids[1:6:2])
+    assert torch.equal(windows[1:6:2].scored, windows.scored[1:6:2])
+    with pytest.raises(IntactKVError, match="non-empty"):
+        windows[len(windows) :]
+
+
 def test_the_stream_is_not_changed() -> None:
     stream = STREAM.clone()
     paper_windows(stream, bos=1, window=5)

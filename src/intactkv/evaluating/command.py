@@ -188,7 +188,7 @@ def _windows(quantized: Sequence[Quantized], full: str, protocol: Protocol) -> W
         windows = paper_windows(tokens, bos=int(first.kv.ids[0]), window=protocol.window)
     else:
         windows = prefixed_windows(tokens, prefix=first.kv.ids, window=protocol.window)
-    return Windows(windows.ids[: protocol.windows], windows.scored[: protocol.windows])
+    return windows[: protocol.windows]
 
 
 def _loaded_as(digest: str, source: str, protocol: Protocol) -> str:

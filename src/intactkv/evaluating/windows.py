@@ -44,6 +44,10 @@ class Windows:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def __getitem__(self, some: slice) -> Windows:
+        """Some of the windows: `windows[:8]`. Raises `IntactKVError` where that is none."""
+        return Windows(self.ids[some], self.scored[some])
+
 
 def prefixed_windows(
     tokens: Int[Tensor, "token"] | Sequence[int],
