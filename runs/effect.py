@@ -27,7 +27,7 @@ from intactkv.checkpoint.load import load_model_on, load_tokenizer
 from intactkv.doctor.simulate import rounded_model
 from intactkv.evaluating import Arm, Windows, evaluate, prefixed_windows
 from intactkv.files import write_atomically
-from intactkv.pivots.measure import first_token_pivots, measure
+from intactkv.pivots.measure import first_token_pivots, mean_mass, measure
 from intactkv.pivots.pair import error_budget
 from intactkv.quantizing import PREFIX_KV
 from intactkv.texts import read_text
@@ -58,8 +58,7 @@ def measured(
     known = json.loads(file.read_text()) if file.exists() else {}
     if "pivot" not in known:
         layers = first_token_pivots(measure(full, learned.ids))
-        masses = [layer.mass for layer in layers if layer.mass is not None]
-        known["pivot"] = {"ratio": max(layer.ratio for layer in layers), "mass": sum(masses) / max(1, len(masses))}
+        known["pivot"] = {"ratio": max(layer.ratio for layer in layers), "mass": mean_mass(layers)}
     for bits in sorted({cell.rpartition("-")[2] for cell in cells} - known.setdefault("simulated", {}).keys()):
         rounded = rounded_model(full, bits=int(bits), group_size=GROUP)
         known["simulated"][bits] = gone(full, rounded, learned)

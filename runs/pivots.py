@@ -23,7 +23,7 @@ from intactkv.checkpoint.load import load_model, load_tokenizer
 from intactkv.doctor.simulate import rounded_model
 from intactkv.evaluating import Arm, evaluate, prefixed_windows
 from intactkv.files import replacing
-from intactkv.pivots.measure import LayerPivot, first_token_pivots, measure
+from intactkv.pivots.measure import LayerPivot, first_token_pivots, mean_mass, measure
 from intactkv.pivots.pair import mse_by_prefix_size
 from intactkv.texts import read_text
 
@@ -84,11 +84,6 @@ def seen(name: str, model: str, text: Path) -> Seen:
 def spans(kl: Tensor) -> Tensor:
     """Mean KL in spans of positions, those not scored left out."""
     return torch.stack([part.double().nanmean() for part in kl.tensor_split(BINS, dim=1)])
-
-
-def mean_mass(layers: list[LayerPivot]) -> float:
-    masses = [layer.mass for layer in layers if layer.mass is not None]
-    return sum(masses) / len(masses) if masses else float("nan")
 
 
 def draw(columns: list[Seen], out: Path) -> None:

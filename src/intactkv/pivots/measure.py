@@ -6,6 +6,8 @@ no key outlives its layer, and the output head is not run, so that a long text n
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -87,6 +89,16 @@ def first_token_pivots(measured: PivotMap) -> list[LayerPivot]:
         LayerPivot(layer, float(ratio), number(mass), number(best))
         for layer, (ratio, mass, best) in enumerate(zip(*first, strict=True))
     ]
+
+
+def mean_mass(pivots: Iterable[LayerPivot]) -> float:
+    """The share of attention that the first token gets, a mean over the layers that have attention; NaN if none has.
+
+    >>> mean_mass([LayerPivot(0, 1.0, 0.25, 0.5), LayerPivot(1, 1.0, None, None), LayerPivot(2, 90.0, 0.75, 1.0)])
+    0.5
+    """
+    masses = [pivot.mass for pivot in pivots if pivot.mass is not None]
+    return sum(masses) / len(masses) if masses else math.nan
 
 
 @torch.inference_mode()
