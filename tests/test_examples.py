@@ -1,4 +1,4 @@
-"""Every block of code in the pages runs, in a folder where its names exist, or names the test that runs its like.
+"""Every example runs: those of docstrings, and each block of code in the pages, in a folder where its names exist.
 
 Commands run in this process, on the embedded model under the page's own names. A block that takes more than a CPU and
 the test environment stands under `<!-- run elsewhere: PATH takes … -->`, and PATH is there.
@@ -11,6 +11,7 @@ import re
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,16 @@ def test_the_blocks_of_a_page_run_in_turn(page: Path, place: Path) -> None:
                 more = ["--print"] if words[1] == "serve" and "--print" not in words else []
                 done = intactkv(*words[1:], *more)
                 assert done.returncode == 0, f"{words}: {done.stderr}"
+
+
+EXAMPLES = [path for path in sorted((ROOT / "src").rglob("*.py")) if ">>> " in path.read_text("utf-8")]
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=name)
+def test_the_examples_in_docstrings_run(path: Path) -> None:
+    found = doctest.testmod(import_module(".".join(path.relative_to(ROOT / "src").with_suffix("").parts)))
+    assert found.attempted
+    assert not found.failed
 
 
 def shorten(place: Path) -> None:
