@@ -36,8 +36,8 @@ from intactkv.checkpoint.load import load_model, load_tokenizer
 from intactkv.demo import MODEL
 from intactkv.evaluating import Arm, TokenMetrics, Windows, evaluate, paired_bootstrap, prefixed_windows
 from intactkv.files import write_atomically
-from intactkv.quantizing import AWQ, GPTQ, PREFIX_KV, RTN, quantize
-from intactkv.quantizing.checkpoint import RECIPE
+from intactkv.pivots.pair import shortened
+from intactkv.quantizing import AWQ, GPTQ, PREFIX_KV, RECIPE, RTN, quantize
 from intactkv.texts import read_text
 
 METHODS: dict[str, type[Any]] = {"RTN": RTN, "GPTQ": GPTQ, "AWQ": AWQ}
@@ -178,20 +178,12 @@ def _data(plan: Plan, ids: tuple[int, ...]) -> tuple[Split, Windows]:
     return split(mixed, held_out=plan.held_out), measure[::step][: plan.windows]
 
 
-def _shortened(kv: IntactKV, length: int) -> IntactKV:
-    """The KV of the first tokens: keys and values hang on the tokens before them only."""
-    layers = {
-        i: (key[:, :length].contiguous(), value[:, :length].contiguous()) for i, (key, value) in kv.layers.items()
-    }
-    return replace(kv, ids=kv.ids[:length], layers=layers, logits=kv.logits[:length])
-
-
 def _row(plan: Plan, cell: Cell) -> str:
     """Calibrate and measure: the figures of one row. The calibrated arm is shown also where it was not adopted."""
     name, width, length, goal = cell
     folder = plan.checkpoints / f"{name}-{width}"
     full, model = _loaded(plan.model, plan.device), _loaded(str(folder), plan.device)
-    kv = _shortened(IntactKV.load(folder / PREFIX_KV), length)
+    kv = shortened(IntactKV.load(folder / PREFIX_KV), length)
     learned, measure = _data(plan, tuple(kv.ids.tolist()))
     began, before = perf_counter(), _memory(plan.device, reset=True)
     settings = replace(plan.settings, objective=OBJECTIVES[goal])

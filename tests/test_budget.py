@@ -22,7 +22,7 @@ from intactkv.pivots.budget import (
     token_errors,
     token_shares,
 )
-from intactkv.pivots.pair import error_budget, first_tokens, layer_pairs, mse_by_prefix_size
+from intactkv.pivots.pair import error_budget, layer_pairs, mse_by_prefix_size, shortened
 from intactkv.pivots.weights import Rule, weight_blocks
 
 HEADS, KV_HEADS, TOKENS, DIM, HIDDEN = 4, 2, 12, 6, 10
@@ -212,10 +212,10 @@ def test_the_beginning_of_an_artifact_is_the_artifact_of_the_beginning() -> None
     full, ids = build(ARCHITECTURES[1]), prompts(rows=1)[0]
     kv = capture(full, ids[:5])
     for size in (1, 3, 5):
-        part, alone = first_tokens(kv, size), capture(full, ids[:size])
+        part, alone = shortened(kv, size), capture(full, ids[:size])
         assert torch.equal(part.ids, alone.ids)
         for i, (key, value) in alone.layers.items():
             assert torch.allclose(part.layers[i][0], key, atol=1e-5)
             assert torch.allclose(part.layers[i][1], value, atol=1e-5)
     with pytest.raises(IntactKVError, match="between 1 and the 5 tokens"):
-        first_tokens(kv, 6)
+        shortened(kv, 6)

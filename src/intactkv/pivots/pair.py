@@ -173,14 +173,14 @@ def mse_by_prefix_size(
         want = _block_outputs(full, window, None)
         rows = []
         for size in range(most + 1):
-            got = _block_outputs(model, window, first_tokens(kv, size) if size else None)
+            got = _block_outputs(model, window, shortened(kv, size) if size else None)
             errors = [(g.cpu() - w.cpu())[most:].double().square().mean() for g, w in zip(got, want, strict=True)]
             rows.append(torch.stack(errors))
         sums.append(torch.stack(rows))
     return torch.stack(sums).mean(0)
 
 
-def first_tokens(kv: IntactKV, size: int) -> IntactKV:
+def shortened(kv: IntactKV, size: int) -> IntactKV:
     """The intact KV of the first `size` tokens of `kv`'s prefix: causality makes it the captured one's beginning."""
     if not 1 <= size <= len(kv):
         raise IntactKVError(f"size={size} must lie between 1 and the {len(kv)} tokens of this intact KV")
