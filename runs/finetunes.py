@@ -19,8 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from intactkv import IntactKV, IntactKVError, bos, capture
-from intactkv.basis.compare import align, basis, embedding_change
-from intactkv.capturing.record import recorded
+from intactkv.basis.compare import align, basis, embedding_change, own_errors
 from intactkv.checkpoint.load import load_model, load_tokenizer
 from intactkv.demo import MODEL, TEXT
 from intactkv.evaluating import Arm, evaluate, prefixed_windows
@@ -104,10 +103,7 @@ def _row(
         verdict = "refused"
         if "embeddings" in str(error):
             median = worst = kinds = "–"
-    own = recorded(served, kv.ids[None])
-    door = ", ".join(
-        f"{min(float((own[i][n][0] - p[n]).norm() / p[n].norm()) for i, p in kv.layers.items()):.2f}" for n in (0, 1)
-    )
+    door = ", ".join(f"{min(by_layer.values()):.2f}" for by_layer in own_errors(served, kv).values())
     if served is tuned:
         return f"| {name} | {change:.1e} | {median} | {worst} | {kinds} | {verdict} | {door} | – | – | – |"
     found = evaluate(tuned, [Arm("own", served), Arm("base's", served, kv)], measure, block_mse=False)
