@@ -4,7 +4,7 @@ What it does: fine-tunes MODEL for some hundred steps of AdamW on the tail of th
 learning rate; measures what `basis` measures, the change of the input embeddings, and the closest layer at the door,
 unrounded and rounded to 3 bits; then the harm: KL to the fine-tune of its 3-bit form with its own prefix and
 with the *base's* intact [BOS]. Rounding the base itself to 8…2 bits gives the rows to compare with.
-What it gives up: one model, one text, full fine-tuning only; rounding is by hand, to nearest in groups of 128.
+What it gives up: one model, one text, full fine-tuning only; rounding is simulated, to nearest in groups of 128.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from intactkv import IntactKV, IntactKVError, bos, capture
 from intactkv.basis.compare import align, basis, embedding_change, own_errors
 from intactkv.checkpoint.load import load_model, load_tokenizer
 from intactkv.demo import MODEL, TEXT
+from intactkv.doctor.simulate import rounded_model
 from intactkv.evaluating import Arm, evaluate, prefixed_windows
 from intactkv.texts import read_text
 
@@ -45,21 +46,6 @@ def fine_tuned(base: PreTrainedModel, windows: Tensor, *, rate: float, steps: in
     return model.eval()
 
 
-@torch.no_grad()
-def rounded(model: PreTrainedModel, bits: int) -> PreTrainedModel:
-    """A copy with its blocks' matrices rounded to nearest, asymmetrically, in groups of 128 along the input."""
-    model = copy.deepcopy(model)
-    for name, weight in model.named_parameters():
-        if weight.ndim == 2 and "layers." in name:
-            groups = weight.reshape(-1, 128)
-            low, high = groups.amin(1, keepdim=True).clamp(max=0), groups.amax(1, keepdim=True).clamp(min=0)
-            scale = ((high - low) / (2**bits - 1)).clamp(min=1e-9)
-            zero = (low / scale).round()  # a whole number, so that a weight of 0 stays 0
-            levels = ((groups / scale).round() - zero).clamp(0, 2**bits - 1)
-            weight.copy_(((levels + zero) * scale).view_as(weight))
-    return model
-
-
 def main(
     model: Annotated[str, typer.Option(help="The base: a folder or a name on the Hub.")] = str(MODEL),
     text: Annotated[Path | None, typer.Option(help="Fine-tune on this text; by default the embedded 2nd half.")] = None,
@@ -78,11 +64,11 @@ def main(
     kv = capture(base, prefix)
     print(f"{steps} steps; {len(learn)} windows to learn from, {len(measure)} to measure on\n\n{HEADER}", flush=True)
     for bits in (8, 4, 3, 2):
-        print(_row(f"the base, {bits} bits", base, base, rounded(base, bits), kv, measure), flush=True)
+        print(_row(f"the base, {bits} bits", base, base, rounded_model(base, bits=bits), kv, measure), flush=True)
     for rate in RATES:
         tuned = fine_tuned(base, learn, rate=rate, steps=steps)
         for bits in (None, 3):
-            served = tuned if bits is None else rounded(tuned, bits)
+            served = tuned if bits is None else rounded_model(tuned, bits=bits)
             name = f"tuned at {rate:.0e}" + ("" if bits is None else f", {bits} bits")
             print(_row(name, base, tuned, served, kv, measure), flush=True)
 
