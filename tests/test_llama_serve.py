@@ -17,6 +17,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
@@ -359,6 +360,11 @@ def test_what_serve_refuses_before_it_starts(pair: Pair, tmp_path: Path) -> None
             done = intactkv("serve", pair.gguf, *args)
             assert done.returncode == 1, args
             assert sentence in " ".join(done.stderr.split()), (args, done.stderr)
+
+
+def test_a_prompt_without_tokens_stands_on_no_rows() -> None:
+    engine: Any = SimpleNamespace(states=SimpleNamespace(ids=[1, 2, 3]))
+    assert asyncio.run(Proxy(engine)._rows("/completion", {"prompt": []}, 0)) == 0
 
 
 def test_what_a_stream_begins_with() -> None:

@@ -26,6 +26,15 @@ def common_prefix(ids: Sequence[Any], prefix: Sequence[Any]) -> int:
     return next((i for i, (a, b) in enumerate(zip(ids, prefix, strict=False)) if a != b), min(len(ids), len(prefix)))
 
 
+def rows_due(ids: Sequence[Any], prefix: Sequence[Any]) -> int:
+    """How many intact rows a prompt stands on: of all tokens that it shares but its last, which is always computed.
+
+    >>> rows_due([1, 2, 9, 4], [1, 2, 3]), rows_due([1, 2], [1, 2, 3]), rows_due([], [1, 2, 3])
+    (2, 1, 0)
+    """
+    return min(common_prefix(ids, prefix), max(0, len(ids) - 1))
+
+
 def head_slice(heads: int, rank: int, size: int) -> slice:
     """The key heads of one tensor-parallel rank of `size`; where there are fewer heads than ranks, they are replicated.
 
@@ -106,7 +115,7 @@ class Plan:
 
     def offer(self, ids: Sequence[int], computed: int) -> int:
         """How many tokens behind the first `computed` ones need not be computed; the last token always must be."""
-        return max(0, min(common_prefix(ids, self.prefix), len(ids) - 1) - computed)
+        return max(0, rows_due(ids, self.prefix) - computed)
 
     def admit(self, request: str, ids: Sequence[int], external: int) -> None:
         """A request has got its blocks; `external` tokens of those offered are taken from the artifact."""

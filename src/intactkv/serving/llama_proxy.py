@@ -21,7 +21,7 @@ from aiohttp import ClientError, web
 
 from intactkv.error import IntactKVError, first_line
 from intactkv.lines import from_json
-from intactkv.serving.layout import common_prefix
+from intactkv.serving.layout import common_prefix, rows_due
 from intactkv.serving.llama_server import Engine, Refusal, Slot
 
 GENERATE = ("/completion", "/completions", "/v1/completions", "/chat/completions", "/v1/chat/completions")
@@ -135,9 +135,8 @@ class Proxy:
         ids = self._engine.states.ids
         if cached >= len(ids):
             return len(ids)
-        tokens = await self._tokens(path, body)
-        shared = min(common_prefix(tokens, ids), len(tokens) - 1)
-        return shared if cached >= shared else None
+        due = rows_due(await self._tokens(path, body), ids)
+        return due if cached >= due else None
 
     async def _tokens(self, path: str, body: Mapping[str, Any]) -> list[int]:
         prompt = body.get("prompt")

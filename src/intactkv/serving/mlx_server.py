@@ -32,7 +32,7 @@ except ImportError as error:
     ) from error
 
 from intactkv.artifact import IntactKV
-from intactkv.serving.layout import common_prefix
+from intactkv.serving.layout import common_prefix, rows_due
 from intactkv.serving.mlx import filled, rows_for
 
 _REFUSED = {
@@ -58,7 +58,7 @@ class PromptCache(LRUPromptCache):
 
     def due(self, tokens: Sequence[int]) -> int:
         """How many intact rows a prompt stands on; its last token is computed."""
-        return min(common_prefix(tokens, self.ids), max(0, len(tokens) - 1))
+        return rows_due(tokens, self.ids)
 
     def fetch_nearest_cache(self, model: Any, tokens: list[int]) -> tuple[list[Any] | None, list[int]]:
         """What is held of a prompt, at least its intact rows, and the tokens that are left to compute, at least one."""
