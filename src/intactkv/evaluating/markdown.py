@@ -1,8 +1,8 @@
-"""An evaluation as one row of a Markdown table, for pages of results."""
+"""Tables in Markdown, for pages of results, and an evaluation as one row of such a table."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,19 @@ _HEADINGS = (
 )  # fmt: skip
 
 
+def line(cells: Iterable[str]) -> str:
+    """One line of a table; a | in a cell is escaped."""
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def head_lines(headings: Collection[str]) -> tuple[str, str]:
+    """The two lines that a table begins with."""
+    return line(headings), "|" + "---|" * len(headings)
+
+
 def header() -> tuple[str, str]:
-    """The table's two head lines."""
-    return f"| {' | '.join(_HEADINGS)} |", "|" + "---|" * len(_HEADINGS)
+    """The head lines above `row`."""
+    return head_lines(_HEADINGS)
 
 
 def row(figures: dict[str, Any], *, model: str, arms: tuple[str, str]) -> str:
@@ -36,13 +46,13 @@ def row(figures: dict[str, Any], *, model: str, arms: tuple[str, str]) -> str:
     if bound:
         closed += " of the bound"
     cells = [
-        model.replace("|", "\\|"), f"{figures['windows']} × {figures['window']}",
+        model, f"{figures['windows']} × {figures['window']}",
         f"{bound}{own['kl_mean']['value']:.4f}", f"{bound}{intact['kl_mean']['value']:.4f}", closed,
         *(f"{arm['same_top1_percent']['value']:.2f}" for arm in (own, intact)),
         *(f"{arm['perplexity']['value']:.3f}" for arm in (full, own, intact)),
         (made_by()["commit"] or "–")[:7],
     ]  # fmt: skip
-    return f"| {' | '.join(cells)} |"
+    return line(cells)
 
 
 def append_rows(path: Path, rows: Sequence[str], *, head: tuple[str, str] | None = None) -> None:
@@ -57,10 +67,10 @@ def append_rows(path: Path, rows: Sequence[str], *, head: tuple[str, str] | None
         raise IntactKVError(f"{path} is no UTF-8 text ({error}); name another file") from error
     lines = text.rstrip("\n").split("\n") if text.strip() else []
     table: list[str] = []
-    for line in reversed(lines):  # the table at the file's end, its head included
-        if not line.startswith("|"):
+    for last in reversed(lines):  # the table at the file's end, its head included
+        if not last.startswith("|"):
             break
-        table.insert(0, line)
+        table.insert(0, last)
     begun = table[:2] == list(head)
     new = rows if begun else [*([""] if lines else []), *head, *rows]
     write_atomically(path, ("\n".join([*lines, *new]) + "\n").encode())

@@ -49,6 +49,7 @@ def compare_arms(
 ) -> None:
     """Print the paired comparison; write it as JSON and as Markdown rows where asked for."""
     _need_lm_eval()
+    from intactkv.evaluating.markdown import head_lines, line
     from intactkv.harness.compare import compare, rows, to_dict
 
     found = compare(full, own, intact)
@@ -63,8 +64,7 @@ def compare_arms(
         write_json(out, {"full": str(full), "own": str(own), "intact": str(intact), "comparisons": to_dict(found)})
         console.print(f"written: {out}")
     if markdown is not None:
-        lines = [f"| {' | '.join(cells[0])} |", "|" + "---|" * len(cells[0])]
-        lines += [f"| {' | '.join(row.values())} |" for row in cells]
+        lines = [*head_lines(cells[0]), *(line(row.values()) for row in cells)]
         write_atomically(markdown, ("\n".join(lines) + "\n").encode())
         console.print(f"written: {markdown}")
 

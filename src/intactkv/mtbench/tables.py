@@ -7,6 +7,8 @@ from typing import Any
 from rich.box import SIMPLE
 from rich.table import Table
 
+from intactkv.evaluating.markdown import head_lines, line
+
 
 def means_table(summary: dict[str, Any], *, title: str) -> Table:
     """Mean grade of every model by category and turn; (n) where fewer questions count than are asked in all."""
@@ -48,17 +50,12 @@ def interval(found: dict[str, Any] | None) -> str:
 def markdown_rows(summary: dict[str, Any], *, judge: str, commit: str | None) -> tuple[tuple[str, str], list[str]]:
     """The head lines and one row for each model, by category, and one for each pair's difference."""
     rows = list(next(iter(summary["models"].values())))
-    head = ("judge", "model", *rows, "commit")
     lines = []
     end = (commit or "–")[:7]
     for model, of in summary["models"].items():
         cells = ("–" if of[row]["mean"] is None else f"{of[row]['mean']:.2f}" for row in rows)
-        lines.append(_line((judge, model, *cells, end)))
+        lines.append(line((judge, model, *cells, end)))
     for pair in summary["pairs"]:
         cells = (interval(pair["difference"][row]) for row in rows)
-        lines.append(_line((judge, f"{pair['second']} − {pair['first']}", *cells, end)))
-    return (_line(head), "|" + "---|" * len(head)), lines
-
-
-def _line(cells: tuple[str, ...]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+        lines.append(line((judge, f"{pair['second']} − {pair['first']}", *cells, end)))
+    return head_lines(("judge", "model", *rows, "commit")), lines
