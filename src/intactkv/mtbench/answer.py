@@ -18,6 +18,7 @@ from transformers import LogitsProcessorList, PreTrainedModel, PreTrainedTokeniz
 
 from intactkv.artifact import IntactKV
 from intactkv.attaching.handle import attach, check_detached
+from intactkv.capturing.prefix import shared
 from intactkv.decoder import input_device
 from intactkv.error import IntactKVError
 from intactkv.generate import padding, plain_generation
@@ -86,8 +87,8 @@ class Answerer:
             ]
             for i, prompt in zip(rows, prompts, strict=True):
                 if self.kv is not None:
-                    shared = shared_tokens(prompt, self.kv, questions[i])
-                    self.shared[shared] = self.shared.get(shared, 0) + 1
+                    count = shared_tokens(prompt, self.kv, questions[i])
+                    self.shared[count] = self.shared.get(count, 0) + 1
             for i, text in zip(rows, self._generate([questions[i] for i in rows], prompts, turn), strict=True):
                 said[i].append(text)
         return said
@@ -147,14 +148,12 @@ def shared_tokens(prompt: list[int], kv: IntactKV, question: Question) -> int:
     Raises `IntactKVError` where it is none.
     """
     prefix = kv.ids.tolist()
-    pairs = enumerate(zip(prefix, prompt, strict=False))
-    shared = next((i for i, (a, b) in pairs if a != b), min(len(prefix), len(prompt)))
-    if shared == 0:
+    if not (both := shared([prefix, prompt])):
         raise IntactKVError(
             f"the prompt of question {question.id} begins with the token {prompt[0]}, the intact prefix with "
             f"{prefix[0]}, so nothing would be intact; capture with --prefix chat"
         )
-    return shared
+    return len(both)
 
 
 def answers(
