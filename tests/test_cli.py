@@ -88,6 +88,17 @@ def test_the_demo_leaves_alone_what_it_did_not_make(demo: tuple[Path, str], tmp_
     assert (changed / "w3" / "config.json").read_text() == "{}"
 
 
+@pytest.mark.parametrize("package", ["llmcompressor", "matplotlib"])
+def test_the_demo_says_what_it_lacks_before_any_work(
+    package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    done = intactkv("demo", "--out", tmp_path / "demo")
+    assert done.returncode == 1
+    assert f"the demo needs {package}: pip install 'intactkv[demo]'" in " ".join(done.stderr.split())
+    assert not (tmp_path / "demo").exists()
+
+
 def test_capture_eval_and_generate_on_paths(demo: tuple[Path, str], tmp_path: Path) -> None:
     kv, figures = tmp_path / "kv.safetensors", tmp_path / "eval.json"
     done = intactkv("capture", MODEL, "-o", kv)

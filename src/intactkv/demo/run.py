@@ -7,6 +7,7 @@ it says nothing about the size of the effect on a large one.
 from __future__ import annotations
 
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +45,12 @@ PROMPT = "The river rises in the mountains and"
 def run(out: Path, console: Console) -> None:
     """Run the demo and write `bos.intactkv`, `w4`, `w3`, `demo.json` and `kl_by_position.png` to `out`.
 
-    Raises `IntactKVError` before any work where `out` holds anything but what an earlier demo wrote.
+    Raises `IntactKVError` before any work where `out` holds anything but what an earlier demo wrote, and where
+    llm-compressor or matplotlib is missing.
     """
+    for package in ("llmcompressor", "matplotlib"):
+        if find_spec(package) is None:
+            raise IntactKVError(f"the demo needs {package}: pip install 'intactkv[demo]'")
     _check_ours(out)
     out.mkdir(parents=True, exist_ok=True)
     tokenizer, full = load_tokenizer(MODEL), load_model(MODEL, dtype=torch.float32)
