@@ -7,8 +7,7 @@ file, PNG, SVG or PDF by its name's ending, atomically; all need matplotlib (`pi
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from intactkv.error import IntactKVError
-from intactkv.files import replacing
+from intactkv.picture import picture
 from intactkv.pivots.pair import LayerBudget, drops
 
 Theme = Literal["light", "dark"]
@@ -44,7 +43,7 @@ def plot_activations(
     group = -(-height.shape[1] // _MOST_CHANNELS)
     padded = torch.nn.functional.pad(height, (0, -height.shape[1] % group))
     bars = padded.unflatten(1, (-1, group)).amax(-1)  # (token, group of channels)
-    with _figure(path, theme, size=(7, 5)) as figure:
+    with picture(path, paper=_INK[theme][1], size=(7, 5)) as figure:
         axes: Any = figure.add_subplot(projection="3d")
         colour, massive = _COLOURS[theme]
         channel = (torch.arange(bars.shape[1]) * group).numpy()
@@ -78,7 +77,7 @@ def plot_attention(
 ) -> Path:
     """One layer's attention averaged over heads, query × key; darker is more (lighter on a dark page), as a root."""
     shown = weights.detach().float().cpu().clamp(min=0)
-    with _figure(path, theme, size=(5.6, 4.8)) as figure:
+    with picture(path, paper=_INK[theme][1], size=(5.6, 4.8)) as figure:
         axes: Any = figure.add_subplot()
         norm = _power_norm(float(shown.max()))
         image = axes.imshow(
@@ -102,7 +101,7 @@ def plot_mse(
 ) -> Path:
     """Block-output MSE against how many first tokens are intact, 0…P, each sudden drop marked with its token."""
     values = mse.detach().double().cpu()
-    with _figure(path, theme, size=(7, 4)) as figure:
+    with picture(path, paper=_INK[theme][1], size=(7, 4)) as figure:
         axes: Any = figure.add_subplot()
         colour, mark = _COLOURS[theme]
         axes.plot(range(len(values)), values.numpy(), "o-", color=colour, linewidth=1.8)
@@ -134,7 +133,7 @@ def plot_budget(
     """
     if any(prefix not in budget.sizes for budget in budgets):
         raise IntactKVError(f"prefix={prefix} is not among the sizes {budgets[0].sizes} that were measured; use one")
-    with _figure(path, theme, size=(7, 4)) as figure:
+    with picture(path, paper=_INK[theme][1], size=(7, 4)) as figure:
         axes: Any = figure.add_subplot()
         colour, other = _COLOURS[theme]
         layers = [budget.layer + 1 for budget in budgets]
@@ -149,25 +148,6 @@ def plot_budget(
         axes.legend(frameon=False, labelcolor=_INK[theme][0])
         _themed(figure, axes, theme)
     return Path(path)
-
-
-@contextmanager
-def _figure(path: str | os.PathLike[str], theme: Theme, *, size: tuple[float, float]) -> Iterator[Any]:
-    """A figure that is written to `path`, whole or not at all, when the block ends well."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise IntactKVError("pictures need matplotlib; pip install 'intactkv[doctor]'") from error
-    path = Path(path)
-    kind = path.suffix.lstrip(".")
-    if kind not in ("png", "svg", "pdf"):
-        raise IntactKVError(f"cannot draw {path.name}: its ending must be .png, .svg or .pdf")
-    figure = Figure(figsize=size, layout="constrained")
-    FigureCanvasAgg(figure)
-    yield figure
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=130, format=kind, facecolor=_INK[theme][1])
 
 
 def _themed(figure: Any, axes: Any, theme: Theme) -> None:
