@@ -18,7 +18,7 @@ from intactkv.error import IntactKVError, first_line
 from intactkv.files import write_atomically
 from intactkv.lines import read_lines
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 _ACC: list[dict[str, Any]] = [
     {"metric": name, "aggregation": "mean", "higher_is_better": True} for name in ("acc", "acc_norm")
@@ -122,7 +122,7 @@ def _task(path: Path) -> dict[str, Any] | None:
             )
         return task
     fields = f"rows with the fields {', '.join(rows[0])}" if rows else "no rows"
-    logger.warning("%s is left out: it has %s, which are no task's", path, fields)
+    log.warning("%s is left out: it has %s, which are no task's", path, fields)
     return None
 
 
