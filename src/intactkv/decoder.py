@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.generation.continuous_batching import PagedAttentionCache
 from transformers.pytorch_utils import Conv1D
@@ -71,6 +72,32 @@ def block_size(cache: PagedAttentionCache) -> int:
 
 
 @contextmanager
+def hooked(hooks: Iterable[RemovableHandle]) -> Iterator[None]:
+    """While it is open, these hooks are on."""
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def replaced_forwards(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """While it is open, modules run these instead of their forward, which others may have replaced already."""
+    before = {module: vars(module).get("forward") for module in forwards}
+    for module, forward in forwards.items():
+        vars(module)["forward"] = forward
+    try:
+        yield
+    finally:
+        for module, own in before.items():
+            if own is None:
+                del vars(module)["forward"]
+            else:
+                vars(module)["forward"] = own
+
+
+@contextmanager
 def watched_inputs(model: PreTrainedModel, look: Callable[[int, Tensor], None]) -> Iterator[None]:
     """While it is open, `look(layer, input)` is shown every block's input `(batch, token, hidden)`, none is kept."""
 
@@ -80,12 +107,8 @@ def watched_inputs(model: PreTrainedModel, look: Callable[[int, Tensor], None]) 
 
         return hook
 
-    hooks = [b.register_forward_pre_hook(watch(i), with_kwargs=True) for i, b in enumerate(blocks(model))]
-    try:
+    with hooked([b.register_forward_pre_hook(watch(i), with_kwargs=True) for i, b in enumerate(blocks(model))]):
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 @contextmanager
@@ -118,19 +141,8 @@ def forced_inputs(model: PreTrainedModel, give: Callable[[int], Tensor], made: C
     stack = blocks(model)
     linear = [m for block in stack for m in block.modules() if type(m) in (nn.Linear, Conv1D)]
     hooks = [b.register_forward_pre_hook(force(i), with_kwargs=True) for i, b in enumerate(stack)]
-    own = [vars(module).get("forward") for module in linear]
-    for module in linear:
-        vars(module)["forward"] = rest(module)
-    try:
+    with hooked(hooks), replaced_forwards({module: rest(module) for module in linear}):
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for module, before in zip(linear, own, strict=True):
-            if before is None:
-                del vars(module)["forward"]
-            else:
-                vars(module)["forward"] = before
 
 
 @contextmanager
@@ -147,12 +159,8 @@ def watched_outputs(model: PreTrainedModel, look: Callable[[int, Tensor], None])
 
         return hook
 
-    hooks = [b.register_forward_hook(watch(i)) for i, b in enumerate(blocks(model))]
-    try:
+    with hooked([block.register_forward_hook(watch(i)) for i, block in enumerate(blocks(model))]):
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def key_bias(block: nn.Module) -> Float[Tensor, "dim"] | None:
@@ -195,9 +203,5 @@ def recorded_outputs(model: PreTrainedModel) -> Iterator[dict[int, Tensor]]:
 
         return hook
 
-    hooks = [block.register_forward_hook(record(i)) for i, block in enumerate(blocks(model))]
-    try:
+    with hooked([block.register_forward_hook(record(i)) for i, block in enumerate(blocks(model))]):
         yield outputs
-    finally:
-        for hook in hooks:
-            hook.remove()

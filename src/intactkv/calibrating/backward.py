@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from intactkv.decoder import input_device
+from intactkv.decoder import input_device, replaced_forwards
 
 _ROWS = 512  # of the identity at a time
 
@@ -78,21 +78,13 @@ class _StraightThrough(torch.autograd.Function):
 @contextmanager
 def straight_through(model: PreTrainedModel) -> Iterator[dict[str, int]]:
     """While it is open, Linear layers whose kernel has no backward pass get one; yields how many of which class."""
-    mended: list[tuple[Any, Any]] = []
-    try:
-        for module in model.modules():
-            if _is_linear(module) and not passes_gradient(module, model):
-                before = vars(module).get("forward")
-                weight = effective_weight(module, model)
-                module.forward = _wrapped(module.forward, weight)
-                mended.append((module, before))
-        yield dict(Counter(type(module).__name__ for module, _ in mended))
-    finally:
-        for module, before in mended:
-            if before is None:
-                del module.forward
-            else:
-                module.forward = before
+    mended = {
+        module: _wrapped(module.forward, effective_weight(module, model))
+        for module in model.modules()
+        if _is_linear(module) and not passes_gradient(module, model)
+    }
+    with replaced_forwards(mended):
+        yield dict(Counter(type(module).__name__ for module in mended))
 
 
 def _wrapped(kernel: Callable[[Tensor], Tensor], weight: Tensor) -> Callable[[Tensor], Tensor]:

@@ -32,7 +32,7 @@ from transformers import DynamicCache, PreTrainedModel
 from intactkv.artifact import IntactKV
 from intactkv.attaching.locate import Sites
 from intactkv.attaching.substitute import IntactTensors, put
-from intactkv.decoder import blocks
+from intactkv.decoder import blocks, hooked
 from intactkv.error import IntactKVError
 from intactkv.quantizing.quiet import patched
 
@@ -77,18 +77,14 @@ class PrefixAware:
         for module in model.modules():
             if isinstance(module, LinearExperts2D):
                 hooks += self._hook_experts(module)
-        try:
-            with ExitStack() as stack:
-                for owner, name, around in (
-                    (HooksMixin, "register_hook", self._registering),
-                    (AWQModifier, "_compute_best_scale", self._while("_trial")),
-                    (AutoRoundModifier, "apply_autoround", self._while("_tuned")),
-                ):
-                    stack.enter_context(patched(owner, name, around(vars(owner)[name])))
-                yield
-        finally:
-            for hook in hooks:
-                hook.remove()
+        with hooked(hooks), ExitStack() as stack:
+            for owner, name, around in (
+                (HooksMixin, "register_hook", self._registering),
+                (AWQModifier, "_compute_best_scale", self._while("_trial")),
+                (AutoRoundModifier, "apply_autoround", self._while("_tuned")),
+            ):
+                stack.enter_context(patched(owner, name, around(vars(owner)[name])))
+            yield
 
     # What counts.
 

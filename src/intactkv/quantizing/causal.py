@@ -17,21 +17,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.masking_utils import create_masks_for_generate
 
-from intactkv.decoder import blocks, cache_name
+from intactkv.decoder import blocks, cache_name, hooked
 
 
 @contextmanager
 def causal(model: PreTrainedModel) -> Iterator[None]:
     """While it is open, a block of `model` that is called without a mask gets the one that the model would make."""
-    hooks = [hook for i, block in enumerate(blocks(model)) for hook in _hooked(model, i, block)]
-    try:
+    with hooked([hook for i, block in enumerate(blocks(model)) for hook in _hook_block(model, i, block)]):
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
-def _hooked(model: PreTrainedModel, layer: int, block: nn.Module) -> Iterator[Any]:
+def _hook_block(model: PreTrainedModel, layer: int, block: nn.Module) -> Iterator[Any]:
     parameters = list(inspect.signature(block.forward).parameters)
     if "attention_mask" not in parameters:
         return
