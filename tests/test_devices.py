@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from intactkv import IntactKV, IntactKVError, PackedCache, Packing, attach, capture, read_packed
 from intactkv.artifact.digest import weights_digest
-from intactkv.attaching.substitute import IntactTensors
+from intactkv.attaching.tensors import IntactTensors
 from intactkv.basis.compare import basis
 from intactkv.calibrating import calibrate
 from intactkv.doctor import examine, rounded_model

@@ -12,7 +12,7 @@ from transformers.generation.continuous_batching import PagedAttentionCache
 from intactkv import IntactKV, IntactKVError
 from intactkv.attaching.locate import Progress
 from intactkv.attaching.plan import Plan, Planner
-from intactkv.attaching.substitute import IntactTensors
+from intactkv.attaching.tensors import IntactTensors
 
 PREFIX = [7, 8, 9]
 

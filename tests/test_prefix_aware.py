@@ -21,7 +21,7 @@ from intactkv import IntactKV, IntactKVError, attach, bos, capture
 from intactkv.artifact.served import quantizer_settings
 from intactkv.attaching.locate import Sites
 from intactkv.attaching.plain import made_for_prefix, recipe_folder
-from intactkv.attaching.substitute import IntactTensors, put
+from intactkv.attaching.tensors import IntactTensors, put
 from intactkv.checkpoint.load import load_model, load_tokenizer
 from intactkv.decoder import blocks
 from intactkv.demo import MODEL, TEXT

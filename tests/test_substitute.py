@@ -9,7 +9,8 @@ from transformers.cache_utils import DynamicLayer
 
 from intactkv.artifact import IntactKV
 from intactkv.attaching.locate import Progress, Sites
-from intactkv.attaching.substitute import IntactTensors, Substitution, put
+from intactkv.attaching.substitute import Substitution
+from intactkv.attaching.tensors import IntactTensors, put
 from intactkv.error import IntactKVError
 
 BATCH, HEAD, TOKEN, DIM, PREFIX = 2, 3, 5, 4, 2

@@ -32,7 +32,8 @@ from intactkv.attaching.adapters import unlike
 from intactkv.attaching.coverage import uncovered_layers
 from intactkv.attaching.locate import Progress
 from intactkv.attaching.plan import Planner
-from intactkv.attaching.substitute import IntactTensors, Substitution
+from intactkv.attaching.substitute import Substitution
+from intactkv.attaching.tensors import IntactTensors
 from intactkv.basis.compare import refuse_foreign
 from intactkv.decoder import cache_name, given_cache, input_device, is_paged
 from intactkv.error import IntactKVError

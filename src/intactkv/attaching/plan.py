@@ -17,7 +17,7 @@ from transformers.cache_utils import QuantizedLayer
 
 from intactkv.attaching.locate import NEVER, Progress, Sites, first_real, hidden_prefix, locate, sequence_starts
 from intactkv.attaching.masks import as_tensor, real_tokens, sees_previous, slots, token_positions, visible
-from intactkv.attaching.substitute import IntactTensors
+from intactkv.attaching.tensors import IntactTensors
 from intactkv.decoder import block_size, given_cache, is_paged
 from intactkv.error import IntactKVError
 from intactkv.packed.cache import PackedLayer

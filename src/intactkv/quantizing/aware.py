@@ -31,7 +31,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from intactkv.artifact import IntactKV
 from intactkv.attaching.locate import Sites
-from intactkv.attaching.substitute import IntactTensors, put
+from intactkv.attaching.tensors import IntactTensors, put
 from intactkv.decoder import blocks, hooked
 from intactkv.error import IntactKVError
 from intactkv.quantizing.quiet import patched
