@@ -68,13 +68,13 @@ class Planner:
         supply = given is None and not counts_itself and mask is not None and mask.ndim == 2
         padded = progress.padded or (supply and bool((shifted | ~real).any()))
 
-        def plan(sites: Sites, packed: bool) -> Plan:
+        def planned(sites: Sites, packed: bool) -> Plan:
             progress.padded = padded and self._takes_positions
             return Plan(sites, positions if progress.padded and given is None else None, packed, length)
 
         if past >= progress.until and not bool((real & (positions < len(prefix))).any()):
             none = torch.zeros(0, dtype=torch.int64, device=ids.device)
-            return plan(Sites(none, none, none), False)
+            return planned(Sites(none, none, none), False)
 
         first = first_real(real)
         matched = self._matched(given_cache(arguments), past, progress, first, positions)
@@ -101,7 +101,7 @@ class Planner:
                 self._warn_once(progress.matched, whole)
         progress.done = past + length >= progress.until
         padded = padded and bool((progress.matched > 0).any())
-        return plan(Sites(row, col, positions[row, col]), bool(restarts.any()))
+        return planned(Sites(row, col, positions[row, col]), bool(restarts.any()))
 
     def _plan_unpadded(
         self, ids: Tensor, prefix: Tensor, mask: Tensor | None, given: Tensor | None, progress: Progress
