@@ -330,7 +330,7 @@ def test_the_prefix_of_a_gguf(pair: Pair, tmp_path: Path) -> None:
     assert "has tensors of Q4_0; an intact KV comes from the full model" in done.stderr
     for args, sentence in (
         (["--engine", "vllm"], "--engine vllm is not known"),
-        (["--engine", "llama.cpp", "--prefix", "auto"], "with --engine llama.cpp the prefix is"),
+        (["--engine", "llama.cpp", "--prefix", "auto"], "--prefix auto cannot go with --engine llama.cpp"),
         (["--engine", "llama.cpp", "--system", "x"], "--system goes with --prefix chat"),
         (["--gguf", str(q4)], "--gguf is not known without --engine llama.cpp"),
         (["--typo"], "--typo is not known without --engine llama.cpp"),

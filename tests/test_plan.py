@@ -11,6 +11,7 @@ from transformers.generation.continuous_batching import PagedAttentionCache
 
 from intactkv import IntactKV, IntactKVError
 from intactkv.attaching.locate import Progress
+from intactkv.attaching.masks import as_tensor
 from intactkv.attaching.plan import Plan, Planner
 from intactkv.attaching.tensors import IntactTensors
 
@@ -71,6 +72,12 @@ def test_a_paged_prefix_in_pieces_is_refused_and_a_token_that_looks_like_it_is_n
     one.plan(paged([5, 4], [13, 2]), 0, Progress(), caches=False)
     with pytest.raises(IntactKVError, match="goes on with the prefix at position 2"):
         one.plan(paged([5, 9, 1], [13, 2, 3]), 0, Progress(), caches=False)
+
+
+@pytest.mark.parametrize(("mask", "told"), [(torch.ones(2, 3, 4), r"of shape \(2, 3, 4\)"), ([[1, 1]], "a list")])
+def test_a_mask_that_is_none_is_refused_with_what_it_is(mask: Any, told: str) -> None:
+    with pytest.raises(IntactKVError, match=f"the attention mask is {told}; give a 2D mask"):
+        as_tensor(mask)
 
 
 def test_a_prefix_at_another_position_is_refused() -> None:

@@ -53,7 +53,7 @@ def _texts(path: Path) -> list[str]:
         try:
             rows = read_table(path).to_pylist()
         except (OSError, ValueError, ArrowException) as error:
-            raise IntactKVError(f"{path} cannot be read as Parquet: {first_line(error)}") from error
+            raise IntactKVError(f"{path} cannot be read as Parquet ({first_line(error)}); get it again") from error
     elif path.suffix == ".jsonl":
         rows = read_lines(path, needed=["text"])
     else:

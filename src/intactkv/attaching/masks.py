@@ -18,9 +18,8 @@ def as_tensor(mask: Any) -> Tensor | None:
         given = [m for m in mask.values() if m is not None]
         mask = max(given, key=lambda m: m.shape[-1]) if given else None
     if mask is not None and (not isinstance(mask, Tensor) or mask.ndim not in (2, 4)):
-        raise IntactKVError(
-            f"the attention mask is a {type(mask).__name__}; give a 2D mask (batch, token) or a 4D tensor"
-        )
+        found = f"of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
+        raise IntactKVError(f"the attention mask is {found}; give a 2D mask (batch, token) or a 4D tensor")
     return mask
 
 

@@ -120,7 +120,9 @@ def _capture_state(
 
     check_prefix(prefix, system, ids)
     if prefix == "auto":
-        raise IntactKVError("with --engine llama.cpp the prefix is --ids alone, or --prefix bos, chat or a text")
+        raise IntactKVError(
+            "--prefix auto cannot go with --engine llama.cpp; use --ids, or --prefix bos, chat or a text"
+        )
     tokens, compared = asyncio.run(
         capture_state(
             installed_program(), model, out, ids=None if ids is None else listed(ids), prefix=prefix or "bos",

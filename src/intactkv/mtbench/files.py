@@ -95,7 +95,9 @@ def answers_of(path: Path) -> dict[int | str, list[str]]:
         except (LookupError, TypeError):
             turns = None
         if not isinstance(turns, list) or not all(isinstance(turn, str) for turn in turns):
-            raise IntactKVError(f"question {row['question_id']} of {path} has no choices[0].turns that are texts")
+            raise IntactKVError(
+                f"question {row['question_id']} of {path} has no choices[0].turns that are texts; mend or remove it"
+            )
         found[row["question_id"]] = turns
     return found
 

@@ -78,7 +78,10 @@ def read_prompts(path: Path) -> dict[str, Prompt]:
     for row in read_lines(path, needed=("name", "system_prompt", "prompt_template")):
         if row["name"] in KINDS:
             if row.get("output_format", "[[rating]]") != "[[rating]]":
-                raise IntactKVError(f"{row['name']} of {path} asks for {row['output_format']!r}, not for [[rating]]")
+                raise IntactKVError(
+                    f"{row['name']} of {path} asks for {row['output_format']!r}, not for [[rating]]; give prompts that "
+                    "grade one answer"
+                )
             found[row["name"]] = Prompt(row["name"], str(row["system_prompt"]), str(row["prompt_template"]))
     if missing := [kind for kind in KINDS if kind not in found]:
         raise IntactKVError(f"{path} lacks the prompt {missing[0]}; it must have {', '.join(KINDS)}")

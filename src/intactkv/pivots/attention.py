@@ -109,7 +109,9 @@ def _in_blocks(model: PreTrainedModel, look: Callable[[Attended], Blocks | None]
 
 def _rule(module: Any, query: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> Rule:
     if kwargs.get("position_bias") is not None:
-        raise IntactKVError(f"{type(module).__name__} adds a position bias to its logits, which is not supported")
+        raise IntactKVError(
+            f"{type(module).__name__} adds a position bias to its logits, which is not watched here; use another model"
+        )
     causal = kwargs.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
     scaling = kwargs.get("scaling")

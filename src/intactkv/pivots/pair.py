@@ -135,7 +135,7 @@ def _attended(model: PreTrainedModel, window: Int[Tensor, "token"]) -> dict[int,
         if not sees:
             raise IntactKVError(
                 f"{model.config.model_type} does not use transformers' AttentionInterface, through which the error "
-                "budget sees queries, keys and values"
+                "budget sees queries, keys and values; use a model that does"
             )
         model.base_model(input_ids=window[None].to(input_device(model)), use_cache=False)
     return calls

@@ -256,7 +256,9 @@ def _loaded_back(checkpoint: Path) -> PreTrainedModel:
     try:
         model, losses = load_with_losses(checkpoint)
     except IntactKVError as error:
-        raise IntactKVError(f"transformers cannot load the quantized model back: {error.__cause__ or error}") from error
+        raise IntactKVError(
+            f"transformers cannot load the quantized model back ({error.__cause__ or error}); use another method"
+        ) from error
     lost = sorted(name for names in losses.values() for name in names)
     if lost:
         raise IntactKVError(f"transformers cannot load the quantized {lost[0]} back; use another architecture")

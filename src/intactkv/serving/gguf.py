@@ -123,7 +123,7 @@ def check_gguf(kv: IntactKV, model: Gguf, *, weights: bool = True) -> None:
         raise IntactKVError(f"{name} with sliding windows is not supported; let llama.cpp compute the state")
     if sliding and window and len(kv) > window:
         raise IntactKVError(
-            f"the prefix has {len(kv)} tokens and the window {window}, llama.cpp keeps those; use fewer"
+            f"the prefix has {len(kv)} tokens, and of sliding layers llama.cpp keeps the last {window}; use fewer"
         )
     if weights:
         key, value = kv.layers[0]
@@ -180,7 +180,10 @@ def check_first_layer(told: FirstLayer, model: Gguf, ids: Sequence[int], whose: 
     made = first_layer(model, ids)
     for name, here, there in (("values", made.value, told.value), ("keys", made.key, told.key)):
         if here.shape != there.shape:
-            raise IntactKVError(f"{model.path} has {name} of shape {tuple(here.shape)}, {whose} {tuple(there.shape)}")
+            raise IntactKVError(
+                f"{model.path} has {name} of shape {tuple(here.shape)}, {whose} {tuple(there.shape)}; give a GGUF of "
+                "its own model"
+            )
         error = relative_error(here, there)
         if error > DOOR:
             raise IntactKVError(

@@ -57,7 +57,9 @@ async def capture_state(
             told = await server.ask("/slots/0?action=save", {"filename": "state.bin"})
         state = Path(folder, "state.bin")
         if (saved := SavedState(state).ids) != tokens:
-            raise IntactKVError(f"llama-server saved {told.get('n_saved')} tokens, {saved[:8]}…, not {tokens[:8]}…")
+            raise IntactKVError(
+                f"llama-server saved {told.get('n_saved')} tokens, {saved[:8]}…, not {tokens[:8]}…; use another build"
+            )
         write_atomically(out, state.read_bytes())
     check.unlink(missing_ok=True)
     if made is None:

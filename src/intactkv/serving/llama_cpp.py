@@ -117,7 +117,10 @@ class SavedState:
         ids = list(struct.unpack_from(f"<{count}i", self._data, 12))
         if ids[0] == -1:  # servers of 2026 write -1, a version, how many, the tokens, and how many media lie among them
             if len(ids) < 4 or ids[1] != 1 or len(ids) != ids[2] + 4 or ids[-1] != 0:
-                raise IntactKVError(f"{path} lists its tokens in a way that is not known here, or media among them")
+                raise IntactKVError(
+                    f"{path} lists its tokens in a way that is not known here, or media among them; save the state of "
+                    "tokens alone, or by `intactkv capture --engine llama.cpp`"
+                )
             ids = ids[3:-1]
         if not ids or min(ids) < 0:
             raise IntactKVError(f"{path} lists no token, or {min(ids, default=0)} as one; save the state again")

@@ -114,7 +114,9 @@ class Server:
         try:
             while True:
                 if self._process.returncode is not None:
-                    raise IntactKVError(f"llama-server ended with code {self._process.returncode} before it served")
+                    raise IntactKVError(
+                        f"llama-server ended with code {self._process.returncode} before it served; it says above why"
+                    )
                 with suppress(ClientError):
                     async with self._session.get(f"{self._url}/health") as answer:
                         if answer.status == 200:
