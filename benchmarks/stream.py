@@ -149,7 +149,7 @@ def child(folder: Path, how: str) -> None:
     from intactkv.basis.compare import basis, show_noise
     from intactkv.capturing.live import capture
     from intactkv.capturing.record import recorded
-    from intactkv.checkpoint import stream
+    from intactkv.checkpoint import store
     from intactkv.checkpoint.load import load_compared, load_model, load_model_on
     from intactkv.checkpoint.stream import load_streamed
 
@@ -182,7 +182,7 @@ def child(folder: Path, how: str) -> None:
         digest = kv_digest({i: (k[0], v[0]) for i, (k, v) in recorded(model, torch.tensor([PREFIX])).items()})
     elif way.startswith("gpu"):
         if way == "gpu-plain":
-            stream._AHEAD = ()
+            store._AHEAD = ()
         layers = capture(load_streamed(folder, dtype=dtype, device="cuda"), PREFIX, logits=False).layers
         told = taken()
         digest = kv_digest(layers)

@@ -23,7 +23,6 @@ from intactkv.attaching.plain import sentence
 from intactkv.calibrating import conversation_samples, text_samples
 from intactkv.calibrating.state import State, load_state_, save_state
 from intactkv.capturing.partial import Partial
-from intactkv.checkpoint import stream
 from intactkv.checkpoint.load import load_model, load_tokenizer
 from intactkv.checkpoint.shards import INDEX, Folder, weight_map
 from intactkv.checkpoint.stream import load_streamed, streamed
@@ -163,7 +162,7 @@ def begun(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, bytes]:
     folder = tmp_path_factory.mktemp("begun")
     build(by_name("llama-gqa")).save_pretrained(folder / "m", max_shard_size="40KB")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stream, "_SLICE", 64)
+        patch.setattr("intactkv.checkpoint.store._SLICE", 64)
         model, plain = load_streamed(folder / "m", dtype=torch.float32), Folder.read
 
         def read(self: Folder, part: str, rows: slice | None = None) -> torch.Tensor:

@@ -14,7 +14,7 @@ from test_cli import intactkv
 
 from intactkv import IntactKV, IntactKVError, capture
 from intactkv.basis.compare import basis, show_noise
-from intactkv.checkpoint import stream
+from intactkv.checkpoint import store, stream
 from intactkv.checkpoint.ahead import Ahead
 from intactkv.checkpoint.load import load_model
 from intactkv.checkpoint.shards import Folder
@@ -26,7 +26,7 @@ from intactkv.demo import MODEL
 @pytest.fixture
 def on_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     """However small, the head works in slices."""
-    monkeypatch.setattr(stream, "_SLICE", 64)
+    monkeypatch.setattr(store, "_SLICE", 64)
 
 
 @pytest.mark.parametrize("ahead", [(), ("cpu",)], ids=["", "ahead"])
@@ -35,7 +35,7 @@ def test_streamed_is_live(
     architecture: Architecture, ahead: tuple[str, ...], tmp_path: Path, on_disk: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every architecture, from several shards, merged experts included; with the next block fetched ahead as well."""
-    monkeypatch.setattr(stream, "_AHEAD", ahead)
+    monkeypatch.setattr(store, "_AHEAD", ahead)
     build(architecture).save_pretrained(tmp_path, max_shard_size="40KB")
     live = capture(load_model(tmp_path, dtype=torch.float32), PREFIX)
     model = load_streamed(tmp_path, dtype=torch.float32)
@@ -101,7 +101,7 @@ def test_a_gpu_computes_of_streamed_weights_what_it_does_of_loaded_ones(
     build(architecture).save_pretrained(tmp_path, max_shard_size="40KB")
     live = capture(load_model(tmp_path, dtype=dtype).cuda(), PREFIX)
     for ahead in ((), ("cuda",)):
-        monkeypatch.setattr(stream, "_AHEAD", ahead)
+        monkeypatch.setattr(store, "_AHEAD", ahead)
         model = load_streamed(tmp_path, dtype=dtype, device="cuda")
         kv, again = capture(model, PREFIX), capture(model, PREFIX)
         assert kv.digest == again.digest == live.digest

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from intactkv import IntactKVError, capture
 from intactkv.basis.compare import Relation, basis, embedding_change, show_noise
-from intactkv.checkpoint import stream
+from intactkv.checkpoint import store
 from intactkv.checkpoint.load import load_compared, load_model
 from intactkv.checkpoint.shards import Folder
 from intactkv.checkpoint.stream import CannotStream, load_streamed, streamed
@@ -29,7 +29,7 @@ WHOLE = [each for each in BACKENDS if "AutoRound" in each.name and each not in S
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """However small, the head works in slices; logs of libraries go to a folder."""
-    monkeypatch.setattr(stream, "_SLICE", 64)
+    monkeypatch.setattr(store, "_SLICE", 64)
     monkeypatch.chdir(tmp_path)
 
 
