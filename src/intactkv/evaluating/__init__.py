@@ -1,7 +1,8 @@
 """Measure what an intact prefix gives back: three arms, per-token metrics, paired intervals."""
 
 from intactkv.evaluating.bootstrap import Interval, bootstrap
-from intactkv.evaluating.compare import Arm, Evaluation, evaluate, three_arms
+from intactkv.evaluating.compare import Arm, evaluate, three_arms
+from intactkv.evaluating.evaluation import Evaluation
 from intactkv.evaluating.metrics import (
     TokenMetrics,
     difference_statistic,

@@ -23,9 +23,7 @@ from transformers import PreTrainedModel
 from intactkv.artifact import IntactKV
 from intactkv.error import IntactKVError
 from intactkv.evaluating.compare import (
-    FULL,
     Arm,
-    Evaluation,
     at_columns,
     at_labels,
     check_arm,
@@ -35,6 +33,7 @@ from intactkv.evaluating.compare import (
     check_whole,
     forward,
 )
+from intactkv.evaluating.evaluation import FULL, Evaluation
 from intactkv.evaluating.metrics import TokenMetrics
 from intactkv.evaluating.records import read_record, write_record
 from intactkv.evaluating.stored import (

@@ -20,7 +20,8 @@ from intactkv.checkpoint.load import device_named, dtype_named, load_model_on, l
 from intactkv.checkpoint.source import checkpoint_digest, config_of
 from intactkv.error import IntactKVError
 from intactkv.evaluating.cached import Checkpoint, StoredArm, Traces, evaluate_cached
-from intactkv.evaluating.compare import Arm, Evaluation, evaluate
+from intactkv.evaluating.compare import Arm, evaluate
+from intactkv.evaluating.evaluation import Evaluation
 from intactkv.evaluating.markdown import append_rows, header, row
 from intactkv.evaluating.stored import DistributionStore
 from intactkv.evaluating.windows import Windows, paper_windows, prefixed_windows

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from intactkv.evaluating.compare import Evaluation
+from intactkv.evaluating.evaluation import Evaluation
 from intactkv.picture import picture
 
 # Okabe and Ito's colours, told apart by all kinds of colour vision, one hue for each pair of arms.
