@@ -38,6 +38,7 @@ _REQUIRED_FIELDS = (
     "model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
     "head_dim",
 )  # fmt: skip
+_ABSENT = object()  # no such field, where None is a value
 
 
 def fingerprint(config: PreTrainedConfig) -> dict[str, Any]:
@@ -58,9 +59,6 @@ def fingerprint(config: PreTrainedConfig) -> dict[str, Any]:
         if rope.get("rope_type") == "longrope":  # scales keys by the ratio of this length to the original one
             fields["max_position_embeddings"] = config.max_position_embeddings
     return json.loads(json.dumps(fields))
-
-
-_ABSENT = object()
 
 
 def _field(config: PreTrainedConfig, path: str) -> Any:

@@ -34,7 +34,7 @@ from intactkv.screen import Screen
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
 bench = typer.Typer(help="MT-Bench: let three arms answer, let a judge grade, show the grades.", no_args_is_help=True)
 
-_MORE = {"allow_extra_args": True, "ignore_unknown_options": True}  # go to an engine
+_MORE = {"allow_extra_args": True, "ignore_unknown_options": True}  # what is not known here goes to another program
 app.command("capture", context_settings=_MORE)(capture.capture_command)
 app.command("quantize")(quantize.quantize_command)
 app.command("check")(check.check_command)
@@ -44,11 +44,9 @@ bench.command("answer")(mtbench.mtbench_answer_command)
 bench.command("judge")(mtbench.mtbench_judge_command)
 bench.command("show")(mtbench.mtbench_show_command)
 app.command("calibrate")(calibrate.calibrate_command)
-app.command(
-    "lm-eval",
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
-    add_help_option=False,
-)(harness.lm_eval_command)
+app.command("lm-eval", context_settings={**_MORE, "help_option_names": []}, add_help_option=False)(
+    harness.lm_eval_command
+)
 app.command("tasks")(harness.tasks_command)
 app.command("compare")(harness.compare_command)
 app.command("generate")(generate.generate_command)

@@ -75,7 +75,7 @@ class IntactLM(HFLM):
         if not isinstance(attached, bool):
             raise IntactKVError(f"attached={attached!r} is neither True nor False; write one of them")
         if isinstance(pretrained, str):
-            name, model = str(pretrained), load_model_on(pretrained, device or "auto", dtype=dtype)
+            name, model = pretrained, load_model_on(pretrained, device or "auto", dtype=dtype)
             tokenizer = pretrained if tokenizer is None else tokenizer
         else:
             name, model = str(pretrained.name_or_path), pretrained

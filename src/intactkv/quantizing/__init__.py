@@ -1,7 +1,7 @@
 """Quantize a full model into a checkpoint that transformers and vLLM load, with the intact KV that fits it."""
 
 from intactkv.artifact.hub import FILE as PREFIX_KV
-from intactkv.attaching.plain import RECIPE
+from intactkv.artifact.served import RECIPE
 from intactkv.quantizing.checkpoint import quantize
 from intactkv.quantizing.choice import method_named
 from intactkv.quantizing.methods import AWQ, GPTQ, RTN, AutoRound, Method, Rotated, SmoothQuant

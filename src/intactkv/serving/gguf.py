@@ -28,6 +28,7 @@ ARCHITECTURES = {
     "starcoder2": False, "stablelm": False, "smollm3": True,
 }  # fmt: skip
 TWO_CACHES = {"gemma2", "gemma3"}  # full layers in one, sliding ones in another
+BOS = "tokenizer.ggml.bos_token_id"
 
 
 def slides(kv: IntactKV) -> bool:
@@ -43,9 +44,6 @@ def in_pairs(key: Float[Tensor, "head prefix dim"], rotary: int) -> Float[Tensor
     """
     turned = key[..., :rotary].unflatten(-1, (2, rotary // 2)).transpose(-1, -2).flatten(-2)
     return torch.cat([turned, key[..., rotary:]], -1)
-
-
-BOS = "tokenizer.ggml.bos_token_id"
 
 
 @dataclass(frozen=True, eq=False)
