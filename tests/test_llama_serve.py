@@ -421,8 +421,10 @@ def test_command_lines() -> None:
     assert option(["-c"], "-c") is None
     assert without(["--host", "h", "-c", "5", "--port=7"], "--host", "--port") == ["-c", "5"]
     assert server_command(["x"], "m", 1, "f/", ["-c", "5"])[-4:] == ["--cache-ram", "0", "-c", "5"]
-    with pytest.raises(IntactKVError, match="--host is given to llama-server here"):
-        server_command(["x"], "m", 1, "f/", ["--host", "0.0.0.0"])
+    assert option(["--cache_type_k", "f32"], "-ctk", "--cache-type-k") == "f32"  # as llama-server reads it
+    for more in (["--host", "0.0.0.0"], ["--lora-scaled", "a_b.gguf"], ["--lora_scaled", "a_b.gguf"], ["--no_slots"]):
+        with pytest.raises(IntactKVError, match=f"{more[0]} is given to llama-server here"):
+            server_command(["x"], "m", 1, "f/", more)
     assert check_body(b'{"prompt": [[1, 2]]}') == {"prompt": [1, 2]}
     with pytest.raises(Refusal, match="best_of=3 spreads"):
         check_body(b'{"prompt": "a", "best_of": 3}')

@@ -118,8 +118,9 @@ def test_the_command(folder: Path, kv: IntactKV, tmp_path: Path) -> None:
     done = intactkv("serve", folder, "--kv", file, "--unchecked", "--print", "--tensor-parallel-size", "2")
     assert done.returncode == 0, done.stderr
     assert shlex.split(done.stdout) == command
-    with pytest.raises(IntactKVError, match="--hf-overrides is what this command gives"):
-        vllm_command(str(folder), str(file), check=False, more=["--hf-overrides={}"])
+    for other in ("--hf-overrides={}", "--hf_overrides={}", "--hf-overrides.architectures=[]"):  # as vLLM reads them
+        with pytest.raises(IntactKVError, match="--hf-overrides is what this command gives"):
+            vllm_command(str(folder), str(file), check=False, more=["--port", "8000", other])
     done = intactkv("serve", folder, "--print")
     assert done.returncode == 1
     assert "holds no prefix.intactkv" in done.stderr

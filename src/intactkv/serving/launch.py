@@ -55,7 +55,8 @@ def vllm_command(
     """
     arguments = vllm_arguments(model, kv, mode=mode, check=check)
     options = {f"--{name.replace('_', '-')}": json.dumps(value) for name, value in arguments.items()}
-    for name in options:
-        if any(each == name or each.startswith(f"{name}=") for each in more):
+    for given in more:  # vLLM reads _ as -, and a part of what is JSON behind a dot
+        name = given.partition("=")[0].partition(".")[0].replace("_", "-")
+        if name in options:
             raise IntactKVError(f"{name} is what this command gives to vLLM; leave it out")
     return ["vllm", "serve", model, *(part for pair in options.items() for part in pair), *more]

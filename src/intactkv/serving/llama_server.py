@@ -54,12 +54,18 @@ def installed_program() -> list[str]:
     raise IntactKVError("there is no llama-server on PATH; install llama.cpp, or pip install xllamacpp")
 
 
+def named(argument: str) -> str:
+    """The option that an argument names; llama-server reads _ in a long one as -."""
+    name = argument.partition("=")[0]
+    return name.replace("_", "-") if name.startswith("--") else name
+
+
 def option(arguments: Sequence[str], *names: str) -> str | None:
     """The value of an option of a command line, None where it is not given."""
     found = None
     for i, argument in enumerate(arguments):
-        name, sign, value = argument.partition("=")
-        if name in names:
+        _, sign, value = argument.partition("=")
+        if named(argument) in names:
             found = value if sign else (arguments[i + 1] if i + 1 < len(arguments) else None)
     return found
 
@@ -68,9 +74,8 @@ def without(arguments: Sequence[str], *names: str) -> list[str]:
     """The command line without these options and their values."""
     found, skip = [], False
     for argument in arguments:
-        name, sign, _ = argument.partition("=")
-        if skip or name in names:
-            skip = not skip and not sign
+        if skip or named(argument) in names:
+            skip = not skip and "=" not in argument
         else:
             found.append(argument)
     return found
@@ -78,9 +83,9 @@ def without(arguments: Sequence[str], *names: str) -> list[str]:
 
 def server_command(program: Sequence[str], model: str, port: int, folder: str, more: Sequence[str]) -> list[str]:
     """The command line of llama-server, on loopback. Raises `IntactKVError` for an option that is ours to give."""
-    for name in more:
-        if (why := _OURS.get(name.partition("=")[0])) is not None:
-            raise IntactKVError(f"{name} is given to llama-server here ({why}); leave it out")
+    for each in more:
+        if (why := _OURS.get(named(each))) is not None:
+            raise IntactKVError(f"{each} is given to llama-server here ({why}); leave it out")
     ours = ["-m", model, "--host", "127.0.0.1", "--port", str(port), "--slot-save-path", folder, "--cache-ram", "0"]
     return [*program, *ours, *more]
 
