@@ -11,6 +11,7 @@ from test_cli import intactkv
 from transformers import GenerationConfig
 
 import intactkv as ik
+from intactkv import IntactKVError
 from intactkv.checkpoint.load import load_model, load_tokenizer
 from intactkv.demo import MODEL
 from intactkv.generate import continuation, encode
@@ -49,6 +50,21 @@ def test_the_command_streams_what_the_function_says(tmp_path: Path) -> None:
     done = intactkv("generate", tmp_path / "model", PROMPT, "--max-new-tokens", "9", "--dtype", "float32")
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"{said}\n"
+
+
+@pytest.mark.parametrize(
+    ("template", "prompt", "said"),
+    [
+        (None, "Hello", "has no chat template; leave --chat out"),
+        ("{{ raise_exception('no user here') }}", "Hello", r"refuses this prompt \(no user here\)"),
+        ("{{ messages[0]['content'] }}", "", "the prompt has no tokens; give a text"),
+    ],
+)
+def test_a_prompt_that_cannot_be_is_one_sentence(template: str | None, prompt: str, said: str) -> None:
+    tokenizer = load_tokenizer(MODEL)
+    tokenizer.chat_template = template
+    with pytest.raises(IntactKVError, match=said):
+        encode(tokenizer, prompt, chat=True)
 
 
 def test_the_version_is_told() -> None:

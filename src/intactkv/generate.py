@@ -15,6 +15,7 @@ from transformers.generation.streamers import BaseStreamer
 from intactkv.artifact import IntactKV
 from intactkv.attaching.handle import attach
 from intactkv.decoder import input_device
+from intactkv.error import IntactKVError, first_line
 from intactkv.lines import check_unicode
 from intactkv.positions import check_positions
 
@@ -24,16 +25,30 @@ def encode(
 ) -> Int[Tensor, "1 token"]:
     """A prompt's ids, rendered by the chat template if `chat`.
 
-    Where `kv` keeps the BOS token alone and the tokenizer does not add it itself, it is put in front, once.
+    Where `kv` keeps the BOS token alone and the tokenizer does not add it itself, it is put in front, once. Raises
+    `IntactKVError` where there is no template, or it refuses the prompt, and for a prompt without tokens.
     """
     check_unicode(prompt, "the prompt")
     if chat:
-        messages = [{"role": "user", "content": prompt}]
-        prompt = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        prompt = _rendered(tokenizer, prompt)
     ids = tokenizer(prompt, add_special_tokens=not chat).input_ids
     if kv is not None and kv.ids.tolist() == [tokenizer.bos_token_id] and ids[:1] != [tokenizer.bos_token_id]:
         ids = [tokenizer.bos_token_id, *ids]
+    if not ids:
+        raise IntactKVError("the prompt has no tokens; give a text")
     return torch.tensor([ids])
+
+
+def _rendered(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
+    if tokenizer.chat_template is None:
+        raise IntactKVError(f"{tokenizer.name_or_path} has no chat template; leave --chat out")
+    messages = [{"role": "user", "content": prompt}]
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    except Exception as error:  # a template is a program: whatever it raises, it refused this
+        raise IntactKVError(
+            f"the chat template of {tokenizer.name_or_path} refuses this prompt ({first_line(error)}); leave --chat out"
+        ) from error
 
 
 def continuation(
