@@ -78,3 +78,10 @@ def test_ids_and_a_named_prefix_are_not_both_taken(tmp_path: Path) -> None:
             assert done.returncode == 1
             assert "--ids 0,5 is the whole prefix; leave --prefix and --system out" in done.stderr
     assert not any(tmp_path.iterdir())
+
+
+def test_a_system_prompt_is_not_dropped_where_the_prefix_is_searched(tmp_path: Path) -> None:
+    done = intactkv("capture", MODEL, "-o", tmp_path / "kv", "--prefix", "auto", "--system", "Be brief.")
+    assert done.returncode == 1
+    assert "--system goes with --prefix chat, not with --prefix 'auto'" in done.stderr
+    assert not any(tmp_path.iterdir())

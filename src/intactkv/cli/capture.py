@@ -72,17 +72,18 @@ def capture_command(
     from intactkv.checkpoint.source import refuse_quantized
     from intactkv.checkpoint.stream import check_at_hand, larger_than_memory
     from intactkv.demo import TEXT
-    from intactkv.pivots import without_pivot
+    from intactkv.pivots import discover, without_pivot
     from intactkv.pivots.discover import behind
     from intactkv.texts import first_tokens, read_text
 
+    check_prefix(prefix, system, ids)
     check_outputs(out)
     tokenizer = load_tokenizer(model)
     auto = prefix == "auto"
     if data is not None and not auto:
         raise IntactKVError(f"--data {data} goes with --prefix auto; add it")
     text = read_text(data or TEXT)
-    chosen = [] if auto and ids is None else prefix_ids(tokenizer, prefix, system, ids)
+    chosen = [] if auto else prefix_ids(tokenizer, prefix, system, ids)
     if dtype == "auto" and device_named(device).type == "cpu":
         dtype = "float32"  # so few tokens take no time, and bfloat16 costs a value up to 0.4 % of itself
     streams = not allow_quantized and larger_than_memory(model) if stream is None else stream
@@ -93,8 +94,6 @@ def capture_command(
     if not allow_quantized:
         refuse_quantized(full.config)
     if auto:
-        from intactkv.pivots import discover
-
         with console.status("looking for pivots"):
             chosen = discover(full, tokenizer, text)
     with console.status(f"capturing {len(chosen)} tokens"):
