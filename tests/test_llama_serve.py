@@ -332,6 +332,9 @@ def test_the_prefix_of_a_gguf(pair: Pair, tmp_path: Path) -> None:
         (["--engine", "vllm"], "--engine vllm is not known"),
         (["--engine", "llama.cpp", "--prefix", "auto"], "--prefix auto cannot go with --engine llama.cpp"),
         (["--engine", "llama.cpp", "--system", "x"], "--system goes with --prefix chat"),
+        (["--engine", "llama.cpp", "--no-logits"], "--no-logits is not for --engine llama.cpp"),
+        (["--engine", "llama.cpp", "--stream"], "--stream is not for --engine llama.cpp"),
+        (["--engine", "llama.cpp", "--device", "cuda"], "--device is not for --engine llama.cpp"),
         (["--gguf", str(q4)], "--gguf is not known without --engine llama.cpp"),
         (["--typo"], "--typo is not known without --engine llama.cpp"),
     ):

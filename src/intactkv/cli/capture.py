@@ -62,6 +62,10 @@ def capture_command(
     if engine is not None:
         if engine != "llama.cpp":
             raise IntactKVError(f"--engine {engine} is not known; use llama.cpp, or leave it out")
+        ours = {"--data": data is not None, "--no-logits": not logits, "--stream": stream is True}
+        ours |= {"--no-stream": stream is False, "--device": device != "auto", "--dtype": dtype != "auto"}
+        if unheeded := [name for name, given in ours.items() if given]:
+            raise IntactKVError(f"{unheeded[0]} is not for --engine llama.cpp, which computes by itself; leave it out")
         _capture_state(model, out, prefix, system, ids, gguf, context.args, allow_quantized)
         return
     if context.args or gguf is not None:
