@@ -159,6 +159,12 @@ def test_length_count_and_seed(tokenizer: Any, file: Any) -> None:
     assert {len(row.ids) for row in short.rows} == {20}
 
 
+@pytest.mark.parametrize(("length", "count"), [(-5, 2), (0, 2), (32, 0), (32, -1)])
+def test_a_length_and_a_count_that_cannot_be_are_refused(tokenizer: Any, file: Any, length: int, count: int) -> None:
+    with pytest.raises(IntactKVError, match=f"length={length} and count={count} must be at least 1"):
+        conversation_samples(file([TALK, TALK]), tokenizer, prefix=[0], length=length, count=count)
+
+
 def test_text_is_cut_into_pieces_and_split_without_overlap(tokenizer: Any) -> None:
     found = text_samples(TEXT, tokenizer, prefix=[0, 5], length=64, count=20)
     assert {tuple(row.ids[:2].tolist()) for row in found.rows} == {(0, 5)}

@@ -50,8 +50,11 @@ def conversation_samples(
     message, as `chat_prefix(tokenizer, system=…)` does. A row that cannot be used is left out, and `skipped` says
     why and which.
 
-    Raises `IntactKVError` for a file that is no JSON, a tokenizer without a chat template, and where no row is left.
+    Raises `IntactKVError` for a file that is no JSON, a tokenizer without a chat template, a length or count below 1,
+    and where no row is left.
     """
+    if length < 1 or count < 1:
+        raise IntactKVError(f"length={length} and count={count} must be at least 1; 1024 and 192 are sensible")
     if tokenizer.chat_template is None:
         raise IntactKVError(
             f"{tokenizer.name_or_path} has no chat template; give plain text, or a tokenizer that has one"
