@@ -224,6 +224,12 @@ def test_a_changed_answer_is_graded_anew(bench: Path, stub: Stub, questions: lis
     assert len(mtbench.read(judgment_path(bench, "judge"))) == 30
 
 
+@pytest.mark.parametrize("name", ["parallel", "asks", "retries"])
+def test_an_endpoint_that_would_never_be_asked_is_refused(name: str) -> None:
+    with pytest.raises(IntactKVError, match=rf"{name}=-1 is too few; use [01] or more"):
+        Endpoint("http://127.0.0.1", "judge", **{name: -1})
+
+
 @pytest.mark.parametrize("score", ["no rating", "8", None, -1])
 def test_a_grade_that_show_would_not_count_is_asked_for_again(
     bench: Path, stub: Stub, questions: list[Question], score: Any

@@ -42,6 +42,11 @@ class Endpoint:
     max_tokens: int = 2048
     timeout: float = 120.0
 
+    def __post_init__(self) -> None:
+        for name, least in (("parallel", 1), ("retries", 0), ("asks", 1)):
+            if getattr(self, name) < least:
+                raise IntactKVError(f"{name}={getattr(self, name)} is too few; use {least} or more")
+
 
 @dataclass(frozen=True)
 class Task:
