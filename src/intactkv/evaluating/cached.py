@@ -32,6 +32,7 @@ from intactkv.evaluating.compare import (
     check_skip,
     check_whole,
     forward,
+    own_and_intact,
 )
 from intactkv.evaluating.evaluation import FULL, Evaluation
 from intactkv.evaluating.metrics import TokenMetrics
@@ -138,12 +139,7 @@ def evaluate_cached(
     seconds = math.nan if run.traces.read else perf_counter() - began
     metrics = {name: TokenMetrics.cat([_metrics(found) for found in column]) for name, column in columns.items()}
     run.traces.rest_mass = scored_mean((found["rest_mass"] for found in columns["full"] if found), windows.scored.cpu())
-    pairs = tuple(
-        (own.name, intact.name)
-        for own in arms
-        for intact in arms
-        if own.checkpoint is intact.checkpoint and own.kv is None and intact.kv is not None and own.skip == intact.skip
-    )
+    pairs = own_and_intact(arms, lambda arm: arm.checkpoint)
     return Evaluation(metrics, {}, pairs, seconds), run.traces
 
 

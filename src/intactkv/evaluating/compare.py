@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from time import perf_counter
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -91,14 +92,19 @@ def evaluate(
     seconds = perf_counter() - began
     metrics = {name: TokenMetrics.cat([batch[name][0] for batch in measured]) for name in measured[0]}
     squares = {name: torch.stack([batch[name][1] for batch in measured]).sum(dim=0) for name in measured[0]}
-    pairs = tuple(
+    pairs = own_and_intact(arms, lambda arm: arm.model)
+    mse = {arm.name: squares[arm.name] / int(windows.scored.sum()) for arm in arms if block_mse}
+    return Evaluation(metrics, mse, pairs, seconds)
+
+
+def own_and_intact(arms: Sequence[Any], model: Callable[[Any], object]) -> tuple[tuple[str, str], ...]:
+    """The names of every two arms (own, intact) that differ only in the prefix; `model` says whose an arm is."""
+    return tuple(
         (own.name, intact.name)
         for own in arms
         for intact in arms
-        if own.model is intact.model and own.kv is None and intact.kv is not None and own.skip == intact.skip
+        if model(own) is model(intact) and own.kv is None and intact.kv is not None and own.skip == intact.skip
     )
-    mse = {arm.name: squares[arm.name] / int(windows.scored.sum()) for arm in arms if block_mse}
-    return Evaluation(metrics, mse, pairs, seconds)
 
 
 def three_arms(
