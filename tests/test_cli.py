@@ -99,6 +99,24 @@ def test_the_demo_says_what_it_lacks_before_any_work(
     assert not (tmp_path / "demo").exists()
 
 
+@pytest.mark.parametrize(
+    ("engine", "option", "sentence"),
+    [
+        (["mlx", "--model", "m"], ["--gguf", "m.gguf"], "--gguf is for --to llama.cpp, not for mlx"),
+        (["mlx", "--model", "m"], ["--cache-type", "f32"], "--cache-type is for --to llama.cpp, not for mlx"),
+        (["lightllm", "--model", "m"], ["--stream", "1"], "--stream is for --to llama.cpp, not for lightllm"),
+        (["llama.cpp", "--gguf", "m.gguf"], ["--ranks", "2"], "--ranks is for --to lightllm, not for llama.cpp"),
+        (["llama.cpp", "--gguf", "m.gguf"], ["--model", "m"], "--model is for --to mlx or lightllm, not for llama.cpp"),
+    ],
+)
+def test_export_refuses_what_an_engine_does_not_take(
+    engine: list[str], option: list[str], sentence: str, tmp_path: Path
+) -> None:
+    done = intactkv("export", tmp_path / "kv", "-o", tmp_path / "out", "--to", *engine, *option)
+    assert done.returncode == 1
+    assert sentence in " ".join(done.stderr.split())
+
+
 def test_capture_eval_and_generate_on_paths(demo: tuple[Path, str], tmp_path: Path) -> None:
     kv, figures = tmp_path / "kv.safetensors", tmp_path / "eval.json"
     done = intactkv("capture", MODEL, "-o", kv)

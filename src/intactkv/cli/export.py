@@ -11,6 +11,8 @@ import typer
 from intactkv.cli.options import console, warn
 from intactkv.error import IntactKVError
 
+_ENGINES = {"--model": ("mlx", "lightllm"), "--ranks": ("lightllm",)}  # all other options are llama.cpp's
+
 
 def export_command(
     kv: Annotated[str, typer.Argument(help="The intact KV: a file, a folder or a name on the Hub.", metavar="KV")],
@@ -43,6 +45,14 @@ def export_command(
     option, value = needed[to]
     if value is None:
         raise IntactKVError(f"--to {to} needs {option}, the model that will be served with it")
+    given = {
+        "--gguf": gguf is not None, "--model": model is not None, "--cache-type": cache_type != "f16",
+        "--no-flash-attention": not flash_attention, "--state-version": state_version is not None,
+        "--streams": streams != 1, "--stream": stream != 0, "--ranks": ranks != 1,
+    }  # fmt: skip
+    for name, is_given in given.items():
+        if is_given and to not in (engines := _ENGINES.get(name, ("llama.cpp",))):
+            raise IntactKVError(f"{name} is for --to {' or '.join(engines)}, not for {to}; leave it out")
     artifact = IntactKV.from_pretrained(kv)
     if to == "mlx":
         from intactkv.serving.mlx import write_prompt_cache
