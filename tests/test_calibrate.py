@@ -484,12 +484,18 @@ def test_the_checkpoint_of_another_run_and_rubbish_are_refused(trio: Any, tmp_pa
     spelled = Split(*(replace(part, source=f"./{part.source}") for part in vars(elsewhere).values()))
     named, model.config.name_or_path = model.config.name_or_path, "another/spelling"
     steps: list[int] = []
-    calibrate(kv, model, full, spelled, config=short, checkpoint=state, progress=lambda r: steps.append(r.step))
+    calibrate(kv, model, full, spelled, config=short, checkpoint=str(state), progress=lambda r: steps.append(r.step))
     model.config.name_or_path = named
     assert 1 not in steps, "it began anew"
     for other in (replace(short, seed=1), replace(short, learning_rate=0.02)):
         with pytest.raises(IntactKVError, match="of another calibration"):
             calibrate(kv, model, full, data(), config=other, checkpoint=state)
+    with pytest.raises(IntactKVError, match="does not exist; create it first"):
+        calibrate(
+            kv, model, full, data(), config=short, checkpoint=tmp_path / "no" / "state",
+            progress=lambda r: steps.append(r.step),
+        )  # fmt: skip
+    assert 1 not in steps, "it began before it looked"
     content = state.read_bytes()
     for rubbish in (content[: len(content) // 2], b"", b"{}"):
         state.write_bytes(rubbish)

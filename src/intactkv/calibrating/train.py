@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, replace
@@ -37,7 +38,7 @@ from intactkv.calibrating.targets import Live, Targets
 from intactkv.checkpoint.source import quantizer
 from intactkv.decoder import input_device
 from intactkv.error import IntactKVError, first_line
-from intactkv.files import json_data
+from intactkv.files import check_outputs, json_data
 from intactkv.heads import heads_of
 from intactkv.positions import check_tokens
 from intactkv.processes import grouped, is_main, wait
@@ -64,7 +65,7 @@ def calibrate(
     data: Split,
     *,
     config: CalibrationConfig | None = None,
-    checkpoint: Path | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
     progress: Callable[[Report], None] | None = None,
 ) -> IntactKV:
     """The intact KV with its keys and values trained for `model`, or `kv`'s own where that does not help.
@@ -80,7 +81,8 @@ def calibrate(
     Raises `IntactKVError` for samples that do not begin with the prefix, a model whose keys and values are not
     `kv`'s, one through which no gradient comes, a loss that is not finite, and a checkpoint that cannot be written.
     """
-    config = config or CalibrationConfig()
+    config, file = config or CalibrationConfig(), None if checkpoint is None else Path(checkpoint)
+    check_outputs(file)
     targets: Targets = full if isinstance(full, Spool) else Live(full, kv.ids.cpu())
     for each in (model, full):
         if isinstance(each, PreTrainedModel) and heads_of(each) is not None:
@@ -92,14 +94,14 @@ def calibrate(
     identity = _identity(kv, model, targets, data, config)
     job = _job(identity)
     state = _start(kv, model, config)
-    if checkpoint is not None and checkpoint.exists():
-        load_state_(state, checkpoint, job=job)
+    if file is not None and file.exists():
+        load_state_(state, file, job=job)
     with ExitStack() as stack:
         if isinstance(targets, Live) and input_device(targets.full).type == "cpu" and config.keep_bytes:
             targets = stack.enter_context(closing(Kept(targets, most_bytes=config.keep_bytes)))
         with frozen(model), ExitStack() as training:
             config, mended = _settled(training, kv, model, targets, data, config)
-            _train_(state, kv, model, targets, data, config, _Keeper(checkpoint, job), progress)
+            _train_(state, kv, model, targets, data, config, _Keeper(file, job), progress)
         trained = _with(kv, state.best, model)
         arms = {
             name: held_out_metrics(model, arm, targets, data.judge, kv.ids.cpu())
