@@ -20,9 +20,10 @@ from intactkv.error import IntactKVError, first_line
 from intactkv.files import check_outputs, write_atomically
 from intactkv.serving.gguf import BOS, FirstLayer, Gguf, check_first_layer, check_gguf, first_layer, opened
 from intactkv.serving.llama_cpp import ArtifactStates, SavedState, States, is_state
-from intactkv.serving.llama_server import Server, option
+from intactkv.serving.llama_server import Server, named, option
 
 FULL = {"F32", "F16", "BF16", "F64", "Q8_0"}  # types of tensors that are as good as the full model's
+_TURNING = ("--rope-", "--yarn-", "--grp-attn-", "-gan", "-gaw")  # options that change RoPE
 
 
 async def capture_state(
@@ -72,7 +73,8 @@ async def capture_state(
 def states_for(kv: str, model: Gguf, more: Sequence[str] = (), *, check: bool = True) -> States:
     """The states with which a server of `model` with the options `more` is filled: from an artifact, or a saved one.
 
-    Raises `IntactKVError` for a `kv` of another model, and for caches that an artifact's rows cannot be written for.
+    Raises `IntactKVError` for a `kv` of another model, and for caches and rotary settings that an artifact's rows are
+    not for.
     """
     if is_state(kv):
         saved = SavedState(kv)
@@ -81,6 +83,11 @@ def states_for(kv: str, model: Gguf, more: Sequence[str] = (), *, check: bool = 
         return saved
     artifact = IntactKV.from_pretrained(kv)
     check_gguf(artifact, model, weights=check)
+    if turned := [each for each in map(named, more) if each.startswith(_TURNING)]:
+        raise IntactKVError(
+            f"{turned[0]} turns keys otherwise than the model's own, which the artifact holds; leave it out, or let "
+            "llama.cpp compute the state with it: intactkv capture FULL.gguf --engine llama.cpp"
+        )
     key, value = (option(more, *names) or "f16" for names in (("-ctk", "--cache-type-k"), ("-ctv", "--cache-type-v")))
     if key != value:
         raise IntactKVError(f"keys of {key} beside values of {value} are not written here; use one type for both")
