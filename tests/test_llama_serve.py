@@ -356,6 +356,7 @@ def test_what_serve_refuses_before_it_starts(pair: Pair, tmp_path: Path) -> None
             (["--kv", pair.file, "-ctk", "q8_0", "-ctv", "q8_0"], "a cache of q8_0 holds rows as its build rounds"),
             (["--kv", pair.file, "-ctk", "f32"], "keys of f32 beside values of f16 are not written here"),
             (["--kv", pair.file, "--rope_freq_base", "1e6"], "--rope-freq-base turns keys otherwise"),
+            (["--kv", pair.file, "-hfr", "owner/name"], "-hfr is given to llama-server here (the model)"),
             (["--kv", tmp_path / "junk.bin"], "is no sequence state of llama.cpp"),
             (["--kv", pair.file, *F32, "--cache-ram", "64"], "--cache-ram is given to llama-server here"),
             (["--kv", pair.file, *F32, "--no-such-option"], "llama-server ended with code"),

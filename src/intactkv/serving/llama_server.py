@@ -33,7 +33,8 @@ _OURS = {
     "--context-shift": "its opposite, or a shift drops rows in the middle of an answer",
     "--lora": "no adapter has the intact rows", "--lora-scaled": "no adapter has the intact rows",
     "--control-vector": "it changes keys and values", "--control-vector-scaled": "it changes keys and values",
-    "-hf": "the model", "--hf-repo": "the model", "-mu": "the model", "--model-url": "the model",
+    "-hf": "the model", "-hfr": "the model", "--hf-repo": "the model", "-mu": "the model", "--model-url": "the model",
+    "-dr": "the model", "--docker-repo": "the model",
 }  # fmt: skip
 
 
