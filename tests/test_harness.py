@@ -163,6 +163,13 @@ def test_what_would_begin_otherwise_is_refused(full: Any, tokenizer: Any) -> Non
         make(full, tokenizer, kv, attached=False)  # or the arm with its own prefix would be the intact one
 
 
+def test_a_folder_is_a_path_or_its_name(full: PreTrainedModel, tmp_path: Path) -> None:
+    kv = capture(full, [0])
+    by_path, by_name = IntactLM(MODEL, kv=kv.save(tmp_path / "kv")), IntactLM(str(MODEL), kv=kv, tokenizer=MODEL)
+    assert by_path.identity == by_name.identity
+    assert by_path.pretrained == str(MODEL)
+
+
 TASKS = ["arc_easy", "arc_hub", "boolq", "c4_sample", "lambada", "wikitext2_raw", "winogrande"]
 
 

@@ -62,11 +62,11 @@ class IntactLM(HFLM):
 
     def __init__(
         self,
-        pretrained: str | PreTrainedModel,
+        pretrained: str | Path | PreTrainedModel,
         *,
         kv: str | Path | IntactKV | None = None,
         attached: bool = True,
-        tokenizer: str | PreTrainedTokenizerBase | None = None,
+        tokenizer: str | Path | PreTrainedTokenizerBase | None = None,
         dtype: str | torch.dtype = "auto",
         device: str | None = None,
         **options: Any,
@@ -74,15 +74,15 @@ class IntactLM(HFLM):
         _check_options(options)
         if not isinstance(attached, bool):
             raise IntactKVError(f"attached={attached!r} is neither True nor False; write one of them")
-        if isinstance(pretrained, str):
-            name, model = pretrained, load_model_on(pretrained, device or "auto", dtype=dtype)
+        if isinstance(pretrained, str | Path):
+            name, model = str(pretrained), load_model_on(pretrained, device or "auto", dtype=dtype)
             tokenizer = pretrained if tokenizer is None else tokenizer
         else:
             name, model = str(pretrained.name_or_path), pretrained
         check_detached(model)
         if tokenizer is None:
             raise IntactKVError("a loaded model was given without its tokenizer; give tokenizer= too")
-        if isinstance(tokenizer, str):
+        if isinstance(tokenizer, str | Path):
             tokenizer = load_tokenizer(tokenizer)
         if device is not None:
             model.to(device)  # type: ignore[arg-type]
