@@ -25,6 +25,7 @@ from intactkv.calibrating import (
     Sample,
     Samples,
     Split,
+    Spool,
     calibrate,
     spool,
     spool_bytes,
@@ -247,7 +248,9 @@ def test_spooled_targets_are_the_live_ones_and_their_bytes_are_stated(trio: Any,
     written = sum(f.stat().st_size for f in (tmp_path / "s").glob("*.safetensors"))
     assert stated < written < stated + 400 * 22  # a header a file
     rows = list(parts.train.rows[:3])
-    live, read = (targets.of(rows, **wanted) for targets in (Live(full, kv.ids), kept))
+    again = Spool(str(tmp_path / "s"))  # in another process, which has the folder's name
+    assert again.weights == kept.weights
+    live, read = (targets.of(rows, **wanted) for targets in (Live(full, kv.ids), again))
     torch.testing.assert_close(live.blocks, read.blocks)
     torch.testing.assert_close(live.logits, read.logits)
     by_live, by_spool = (calibrate(kv, model, t, parts, config=replace(QUICK, objective=BOTH)) for t in (full, kept))

@@ -40,7 +40,7 @@ _ABOUT = "spool.json"
 class Spool:
     """A folder written by `spool`: every sample's targets, read when they are asked for."""
 
-    folder: Path
+    folder: str | os.PathLike[str]
 
     def of(self, samples: Sequence[Sample], *, blocks: bool, logits: bool) -> Outputs:
         """As `Live.of`. Raises `IntactKVError` for a sample or a part that the folder does not hold."""
@@ -49,11 +49,11 @@ class Spool:
     @property
     def weights(self) -> str:
         """The digest of the full model's weights."""
-        return str(_about(self.folder)["weights"])
+        return str(_about(Path(self.folder))["weights"])
 
     def _read(self, sample: Sample, *, blocks: bool, logits: bool) -> Outputs:
         try:
-            with safe_open(self.folder / f"{sample.digest}.safetensors", framework="pt") as file:
+            with safe_open(Path(self.folder, f"{sample.digest}.safetensors"), framework="pt") as file:
                 layers = tuple(file.get_tensor("blocks").unbind()) if blocks else ()
                 return Outputs(layers, file.get_tensor("logits") if logits else None)
         except (SafetensorError, OSError, RuntimeError) as error:
