@@ -88,6 +88,15 @@ def test_the_demo_leaves_alone_what_it_did_not_make(demo: tuple[Path, str], tmp_
     assert (changed / "w3" / "config.json").read_text() == "{}"
 
 
+def test_eval_looks_at_its_page_before_the_work(tmp_path: Path) -> None:
+    page = tmp_path / "results.md"
+    page.write_bytes(b"| r\xe9sultats |")
+    done = intactkv("eval", "w3", "--full", "model", "--kv", "kv", "--data", TEXT, "--markdown", page)
+    assert done.returncode == 1
+    assert "results.md is no UTF-8 text" in " ".join(done.stderr.split())
+    assert page.read_bytes() == b"| r\xe9sultats |"
+
+
 @pytest.mark.parametrize("package", ["llmcompressor", "matplotlib"])
 def test_the_demo_says_what_it_lacks_before_any_work(
     package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -22,7 +22,7 @@ from intactkv.error import IntactKVError
 from intactkv.evaluating.cached import Checkpoint, StoredArm, Traces, evaluate_cached
 from intactkv.evaluating.compare import Arm, evaluate
 from intactkv.evaluating.evaluation import Evaluation
-from intactkv.evaluating.markdown import append_rows, header, row
+from intactkv.evaluating.markdown import append_rows, header, page_text, row
 from intactkv.evaluating.stored import DistributionStore
 from intactkv.evaluating.windows import Windows, paper_windows, prefixed_windows
 from intactkv.evaluating.words import arms_table, sentences
@@ -93,6 +93,8 @@ def run(
     """
     place = join()
     console = console if is_main() else Screen(quiet=True)
+    if outputs.markdown not in (None, "-"):
+        page_text(Path(str(outputs.markdown)))  # now, and not when the figures are there
     quantized = _quantized(models, kvs)
     windows = _windows(quantized, full, protocol)
     bare = any(q.made_for for q in quantized) if protocol.bare is None else protocol.bare

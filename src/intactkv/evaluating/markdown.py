@@ -55,16 +55,20 @@ def row(figures: dict[str, Any], *, model: str, arms: tuple[str, str]) -> str:
     return line(cells)
 
 
+def page_text(path: Path) -> str:
+    """What a page holds, nothing where it is not there yet. Raises `IntactKVError` for a file that is no UTF-8 text."""
+    try:
+        return path.read_text(encoding="utf-8") if path.exists() else ""
+    except UnicodeDecodeError as error:
+        raise IntactKVError(f"{path} is no UTF-8 text ({error}); name another file") from error
+
+
 def append_rows(path: Path, rows: Sequence[str], *, head: tuple[str, str] | None = None) -> None:
     """Add rows to the table that a Markdown file ends with; where it ends with none of ours, a new one is begun.
 
     Raises `IntactKVError` for a file that is no UTF-8 text.
     """
-    head = head or header()
-    try:
-        text = path.read_text(encoding="utf-8") if path.exists() else ""
-    except UnicodeDecodeError as error:
-        raise IntactKVError(f"{path} is no UTF-8 text ({error}); name another file") from error
+    head, text = head or header(), page_text(path)
     lines = text.rstrip("\n").split("\n") if text.strip() else []
     table: list[str] = []
     for last in reversed(lines):  # the table at the file's end, its head included
