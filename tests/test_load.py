@@ -152,6 +152,15 @@ def test_a_gguf_of_floats_is_a_full_model_and_any_other_a_quantized_one(ggufs: P
     load_model(out)
 
 
+def test_a_transformers_that_cannot_tell_ggufs_version_is_named(ggufs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown() -> bool:
+        raise ValueError("Invalid version: 'N/A'")
+
+    monkeypatch.setattr("intactkv.checkpoint.source.is_gguf_available", unknown)
+    with pytest.raises(IntactKVError, match=r"model\.gguf cannot be read: .*pip install 'transformers>=5\.17'"):
+        load_model(ggufs / "F16" / "model.gguf")
+
+
 def test_whether_a_gguf_is_of_floats_is_told_without_its_vocabulary(
     ggufs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,10 +11,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import transformers
 from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HTTPError  # httpx's, and httpx2's from huggingface_hub 2 on
 from safetensors import safe_open
 from transformers import AutoConfig, PreTrainedConfig
+from transformers.utils.import_utils import is_gguf_available
 
 from intactkv.error import IntactKVError, first_line
 from intactkv.gguf_header import check_header
@@ -133,6 +135,13 @@ def check_exists(source: str | os.PathLike[str]) -> None:
             raise IntactKVError(f"{text} is a file; a model is a folder, a name on the Hub, or one .gguf file")
         if find_spec("gguf") is None:
             raise IntactKVError(f"reading {text} needs gguf: pip install 'intactkv[gguf]'")
+        try:
+            is_gguf_available()
+        except ValueError as error:  # 5.15 and 5.16 ask for its version in a way that Python 3.10 has no answer to
+            raise IntactKVError(
+                f"{text} cannot be read: transformers {transformers.__version__} does not find gguf's version on this "
+                "Python: pip install 'transformers>=5.17'"
+            ) from error
         check_header(text)
         return
     looks_like_a_path = text.startswith((".", "~", os.sep)) or text.count("/") > 1 or isinstance(source, Path)
