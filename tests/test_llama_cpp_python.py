@@ -53,3 +53,10 @@ def test_another_model_is_refused(pair: Pair, tmp_path: Path) -> None:
         intact_cache(Llama(str(other), n_ctx=512, verbose=False), pair.file)
     with pytest.raises(IntactKVError, match="a cache of ggml type 8 holds rows as its build rounds"):
         intact_cache(Llama(str(pair.gguf), n_ctx=512, type_k=8, type_v=8, flash_attn=True, verbose=False), pair.file)
+
+
+@pytest.mark.parametrize("turned", [{"rope_freq_base": 5e5}, {"rope_freq_scale": 0.5}, {"rope_scaling_type": 1}])
+def test_other_rotary_frequencies_are_refused(pair: Pair, turned: dict[str, float]) -> None:
+    llm = Llama(str(pair.gguf), n_ctx=512, type_k=0, type_v=0, verbose=False, **turned)
+    with pytest.raises(IntactKVError, match=f"loaded with {next(iter(turned))}=.*load it without"):
+        intact_cache(llm, pair.file)

@@ -19,7 +19,7 @@ from transformers import Cache, PreTrainedModel
 
 from intactkv.artifact.digest import digests, joined
 from intactkv.checkpoint.stream import Store
-from intactkv.decoder import blocks
+from intactkv.decoder import blocks, replaced_forwards
 from intactkv.error import IntactKVError
 from intactkv.files import write_atomically
 
@@ -92,17 +92,8 @@ class Partial:
 
             return forward
 
-        own = [vars(block).get("forward") for block in stack]
-        for i, block in enumerate(stack):
-            vars(block)["forward"] = wrap(i, block)
-        try:
+        with replaced_forwards({block: wrap(i, block) for i, block in enumerate(stack)}):
             yield
-        finally:
-            for block, before in zip(stack, own, strict=True):
-                if before is None:
-                    del vars(block)["forward"]
-                else:
-                    vars(block)["forward"] = before
 
     def _handed_on(self) -> Any:
         def copy(tensor: Tensor) -> Tensor:

@@ -93,7 +93,7 @@ class Examination:
         return self.evaluation.times_perplexity(f"{name} intact")
 
     def verdict(self, name: str) -> Verdict:
-        """The verdict for the model of this name, by the rule of `evaluate/verdict.py`."""
+        """The verdict for the model of this name, by the rule of `evaluating/verdict.py`."""
         return decide(self.gap(name), own_kl=self.own_kl(name), times=self.times(name))
 
 
@@ -130,7 +130,7 @@ def examine(
     step("capturing the prefix")
     kv = capture(full, prefix)
     cut_to = prefixed_windows(held_out, prefix=prefix, window=max(window, len(prefix) + 32))
-    windows = Windows(cut_to.ids[:MOST_WINDOWS], cut_to.scored[:MOST_WINDOWS])
+    windows = cut_to[:MOST_WINDOWS]
     step("measuring three arms")
     arms = [arm for name, m in models.items() for arm in (Arm(f"{name} own", m), Arm(f"{name} intact", m, kv))]
     evaluation = evaluate(full, arms, windows)

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from intactkv.decoder import cache_name, given_cache
-from intactkv.error import IntactKVError
+from intactkv.error import IntactKVError, first_line
 from intactkv.packed.cache import PackedCache, PackedLayer
 from intactkv.packed.launch import on_device
 from intactkv.packed.steady import Steady, rows_of
@@ -177,10 +177,9 @@ def record(step: Callable[[], Any], tick: Callable[[], None]) -> tuple[Callable[
             output = step()
             tick()
     except RuntimeError as error:
-        reason = str(error).splitlines()[0]
         raise IntactKVError(
-            f"a decoding step of this model cannot be captured in a CUDA graph ({reason}); use read_packed without "
-            "graphs=True"
+            f"a decoding step of this model cannot be captured in a CUDA graph ({first_line(error)}); use read_packed "
+            "without graphs=True"
         ) from error
     return graph.replay, output
 

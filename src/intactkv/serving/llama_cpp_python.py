@@ -69,6 +69,13 @@ def intact_cache(llm: Llama, kv: str | os.PathLike[str], *, check: bool = True) 
         raise IntactKVError("a chat handler computes images past the cache; load the model without chat_handler")
     if model.value("attention.sliding_window") and not params.swa_full:
         raise IntactKVError(f"{llm.model_path} has sliding windows, which drop the prefix; load it with swa_full=True")
+    usual = llama_cpp.llama_context_default_params()
+    for name in ("rope_freq_base", "rope_freq_scale", "rope_scaling_type"):
+        if getattr(params, name) != getattr(usual, name):
+            raise IntactKVError(
+                f"the model is loaded with {name}={getattr(params, name)}, which turns later keys otherwise than the "
+                "intact ones; load it without"
+            )
     states = states_for(str(kv), model, more, check=check)
     llm.reset()
     told: Any = (llama_cpp.llama_token * len(states.ids))()
