@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 from command import intactkv
+from torch._tensor_str import printoptions
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.main import get_command
 
@@ -124,7 +125,8 @@ EXAMPLES = [path for path in sorted((ROOT / "src").rglob("*.py")) if ">>> " in p
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=name)
 def test_the_examples_in_docstrings_run(path: Path) -> None:
-    found = doctest.testmod(import_module(".".join(path.relative_to(ROOT / "src").with_suffix("").parts)))
+    with printoptions(profile="default"):  # which libraries set that other tests run
+        found = doctest.testmod(import_module(".".join(path.relative_to(ROOT / "src").with_suffix("").parts)))
     assert found.attempted
     assert not found.failed
 

@@ -385,10 +385,13 @@ def test_auto_round_computes_where_it_is_told(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(
         base, "AutoRound", lambda **settings: told.append(settings["device_map"]) or auto_round(**settings)
     )
+    printed = repr(torch.tensor([0.0, 0.9]))
     with quiet():
         compress_(reloaded(full_model("llama-gqa"), tmp_path), AutoRound(4, GROUP, iterations=1), windows.ids[:2],
                   device="cpu")  # fmt: skip
+        assert repr(torch.tensor([0.0, 0.9])) != printed, "AutoRound sets no print options any more"
     assert set(told) == {"cpu"}
+    assert repr(torch.tensor([0.0, 0.9])) == printed
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

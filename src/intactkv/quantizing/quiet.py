@@ -11,6 +11,7 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import Any
 
 import torch
+from torch._tensor_str import printoptions
 
 # Handlers made at their import write to the real stderr, whatever it is redirected to later.
 _LOGGERS = ("autoround", "torch.fx._symbolic_trace")
@@ -42,6 +43,7 @@ def quiet() -> Iterator[None]:
     try:
         with (
             torch.random.fork_rng(),
+            printoptions(),  # AutoRound sets them for good as well
             warnings.catch_warnings(),
             redirect_stderr(io.StringIO()),
             redirect_stdout(io.StringIO()),
