@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
+import signal
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from transformers import (
 )
 
 from intactkv.error import IntactKVError
+from intactkv.files import scratch_beside
 from intactkv.quantizing import RTN, quantize
 
 pytest.importorskip("llmcompressor")
@@ -273,3 +276,21 @@ def test_a_name_on_the_hub_is_looked_for_there(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(IntactKVError, match=r"owner/absent is no folder here, .* was not found on the Hub"):
         quantize("owner/absent", tmp_path / "q", method=RTN(4, 32))
     assert asked == ["owner/absent"]
+
+
+def test_what_a_killed_run_left_behind_goes_and_nothing_else(tmp_path: Path) -> None:
+    script = (
+        "import os, signal, sys\nfrom pathlib import Path\nfrom intactkv.files import scratch_beside\n"
+        "with scratch_beside(Path(sys.argv[1])) as folder:\n"
+        "    (folder / 'weights').write_bytes(b'x' * 100)\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "q")])
+    assert done.returncode == -signal.SIGKILL
+    (left,) = tmp_path.iterdir()
+    assert sorted(each.name for each in left.iterdir()) == ["intactkv.lock", "weights"]
+    (tmp_path / ".q-notes").mkdir()
+    with scratch_beside(tmp_path / "q") as works, scratch_beside(tmp_path / "q") as too:
+        quantize(tiny(), tmp_path / "q", method=RTN(4, GROUP, True))
+        assert works.is_dir()
+        assert too.is_dir()
+    assert sorted(each.name for each in tmp_path.iterdir()) == [".q-notes", "q"]

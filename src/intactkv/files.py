@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from glob import escape
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from intactkv.error import IntactKVError
+
+_LOCK = "intactkv.lock"
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -55,6 +60,24 @@ def writing(path: Path) -> Iterator[None]:
             f"{path} cannot be written ({why}); what was there before is kept: make room, or name "
             "another place, and run the same command again"
         ) from error
+
+
+@contextmanager
+def scratch_beside(path: Path) -> Iterator[Path]:
+    """A hidden folder beside `path` to work in, gone at the end; those of runs that were killed go at the beginning.
+
+    A lock tells a run that works from one that was killed.
+    """
+    for left in path.parent.glob(f".{escape(path.name)}-*"):
+        with suppress(OSError, Timeout):
+            if (left / _LOCK).is_file():
+                with FileLock(left / _LOCK, timeout=0):
+                    shutil.rmtree(left)
+    with (
+        tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder,
+        FileLock(Path(folder, _LOCK), timeout=0),
+    ):
+        yield Path(folder)
 
 
 def json_data(value: Any) -> Any:

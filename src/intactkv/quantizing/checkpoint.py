@@ -12,7 +12,6 @@ import json
 import logging
 import os
 import shutil
-import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -34,7 +33,7 @@ from intactkv.checkpoint.load import load_model, load_tokenizer, load_with_losse
 from intactkv.checkpoint.source import config_of, is_gguf, refuse_quantized
 from intactkv.error import IntactKVError
 from intactkv.evaluating.windows import prefixed_windows
-from intactkv.files import check_folder, writing
+from intactkv.files import check_folder, scratch_beside, writing
 from intactkv.positions import check_tokens, most_positions
 from intactkv.provenance import installed
 from intactkv.quantizing.aware import PrefixAware
@@ -103,18 +102,18 @@ def quantize(
     check_folder(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     said: list[str] = []
-    with writing(out), quiet(), tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
-        checkpoint = Path(scratch) / "quantized"
+    with writing(out), quiet(), scratch_beside(out) as scratch:
+        checkpoint = scratch / "quantized"
         if isinstance(model, PreTrainedModel):  # llm-compressor works in place: give it a model of its own
             refuse_quantized(model.config)
-            source: str | os.PathLike[str] = Path(scratch) / "full"
+            source: str | os.PathLike[str] = scratch / "full"
             name = str(model.config.name_or_path)
             model.save_pretrained(source)
         else:
             source, name = model, str(model)
         full, tokenizer = _load(source, dtype), _tokenizer(source)
         if is_gguf(source):  # llm-compressor looks for a configuration beside the weights, which a GGUF has inside
-            full.name_or_path = full.config._name_or_path = str(Path(scratch) / "full")
+            full.name_or_path = full.config._name_or_path = str(scratch / "full")
             full.config.save_pretrained(full.name_or_path)
         ids = None if prefix is None else checked_ids(prefix, full.config.get_text_config(decoder=True).vocab_size)
         windows, held_out = _windows(calibration, full, tokenizer, ids) if method.needs_calibration else (None, None)
