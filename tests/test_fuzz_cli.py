@@ -87,7 +87,8 @@ VERBS = [
     Verb(["tasks", "folder", "-o", "out"], paths="-o"),
     Verb(["compare", "--full", "folder", "--own", "folder", "--intact", "folder"], paths="--full --own -o --markdown"),
     Verb(["serve", "w3", "--kv", "kv", "--print"], texts="--mode --port", paths="--kv", flags="--unchecked"),
-    Verb(["doctor", "no", "-o", "out.html"], numbers="--window", texts=RUN, paths="--data --quantized -o"),
+    Verb(["doctor", "no", "-o", "out.html"], numbers="--window", texts=RUN, paths="--data --quantized -o",
+         flags="--stream --no-stream"),
 ]  # fmt: skip
 
 

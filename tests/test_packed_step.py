@@ -20,6 +20,7 @@ from intactkv.packed import cache as cache_module
 from intactkv.packed import graphs, kernel, reads
 from intactkv.packed import steady as steady_module
 
+PROMPT, STEPS = 31, 6  # so that every packing's ring is filled, and packed, on the way
 PACKINGS = {
     "per-token": Packing(bits=4, keys="per_token"),
     "per-token, 2 bits, rounded": Packing(bits=2, own="rounded", keys="per_token"),
@@ -67,7 +68,7 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
     return set_
 
 
-def decode(model: PreTrainedModel, packing: Packing, *, prompt: int = 29, steps: int = 8, pad: int = 0) -> Any:
+def decode(model: PreTrainedModel, packing: Packing, *, prompt: int = PROMPT, steps: int = STEPS, pad: int = 0) -> Any:
     """Logits of a prompt and of steps after it, and the cache; row 1 has `pad` columns of padding on the left."""
     ids = torch.randint(0, 97, (2, prompt + steps), generator=torch.Generator().manual_seed(1))
     mask = torch.ones_like(ids)
@@ -106,14 +107,18 @@ PADDED = [  # with and without padding on the left
 
 @pytest.mark.parametrize(("packing", "pad"), PADDED)
 def test_a_ring_holds_bit_for_bit_what_pytorch_packs(
-    model: PreTrainedModel, packing: Packing, pad: int, on_gpu: Callable[[bool], None]
+    model: PreTrainedModel, shallow: PreTrainedModel, packing: Packing, pad: int, on_gpu: Callable[[bool], None]
 ) -> None:
+    model = model if packing is PACKINGS["per-token"] else shallow
     with read_packed(model):
         on_gpu(False)
         want, plain = decode(model, packing, pad=pad)
         on_gpu(True)
         got, ring = decode(model, packing, pad=pad)
-    assert all(layer.steady is not None for layer in ring.layers)
+    for layer in ring.layers:
+        before = (PROMPT - packing.residual) // packing.together * packing.together
+        assert layer.steady is not None
+        assert layer.steady.packed > before
     torch.testing.assert_close(got, want, atol=2e-5, rtol=2e-5)
     for a, b in zip(contents(ring), contents(plain), strict=True):
         if a.is_floating_point() and a.dtype == torch.float32:
@@ -220,7 +225,7 @@ def test_replayed_steps_equal_the_models_own(
     on_gpu(True)
     with read_packed(shallow, graphs=True):
         got, cache = decode(shallow, packing, pad=pad)
-    assert recorded[1] == 8
+    assert recorded[1] == STEPS
     assert recorded[0] == 1
     assert cache.get_seq_length() == plain.get_seq_length()
     torch.testing.assert_close(got, want, atol=2e-5, rtol=2e-5)
