@@ -9,6 +9,7 @@ most Pythons, 6 GB an environment, one at a time) run on the CPU here.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import tempfile
@@ -86,7 +87,8 @@ def row(environment: Environment, scratch: Path, whole: bool) -> str:
     tests = [] if whole else [f"tests/test_{name}.py" for name in QUICK.split()]
     report = scratch / "report.xml"
     command = [python, "-m", "pytest", "-n", "2", "--dist", "worksteal", f"--junitxml={report}", *tests]
-    ended = subprocess.run(command, cwd=clone, capture_output=True, text=True)
+    path = f"{scratch / 'venv/bin'}{os.pathsep}{os.environ['PATH']}"  # ninja, by which quanto builds, lies there
+    ended = subprocess.run(command, cwd=clone, capture_output=True, text=True, env={**os.environ, "PATH": path})
     if not report.exists():
         return f"| {versions} | {told} | | | | pytest: {ended.stdout.splitlines()[-1]} |"
     suite = ET.parse(report).getroot()[0]
