@@ -360,7 +360,7 @@ def test_autoround(
     model = reloaded(full, tmp_path / "full")
     random, environment = torch.get_rng_state(), dict(os.environ)
     capfd.readouterr()
-    out = quantize(full, "q", method=method, calibration=windows.ids, prefix=PREFIX)
+    out = quantize(full, "q", method=method, calibration=windows.ids, prefix=PREFIX, prefix_weight=1)
     assert capfd.readouterr() == ("", "")
     assert (torch.equal(torch.get_rng_state(), random), dict(os.environ)) == (True, environment)
     assert not torch.are_deterministic_algorithms_enabled()
