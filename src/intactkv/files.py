@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from safetensors import SafetensorError
 
 from intactkv.error import IntactKVError
@@ -69,7 +69,7 @@ def scratch_beside(path: Path) -> Iterator[Path]:
     A lock tells a run that works from one that was killed.
     """
     for left in path.parent.glob(f".{escape(path.name)}-*"):
-        with suppress(OSError, Timeout):
+        with suppress(OSError):  # filelock's Timeout is one: somebody works there
             if (left / _LOCK).is_file():
                 with FileLock(left / _LOCK, timeout=0):
                     shutil.rmtree(left)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
 from intactkv.artifact.digest import digests, joined
-from intactkv.checkpoint.stream import Store
+from intactkv.checkpoint.store import Store
 from intactkv.decoder import blocks, replaced_forwards
 from intactkv.error import IntactKVError
 from intactkv.files import write_atomically
