@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -71,6 +73,35 @@ def block_size(cache: PagedAttentionCache) -> int:
     return min(kind.tokens_per_page for kind in since.cache_allocators.values())
 
 
+@dataclass(frozen=True)
+class Argument:
+    """One of a module's arguments, which a call may give by its place or by its name."""
+
+    name: str
+    place: int = sys.maxsize  # by name only
+
+    @classmethod
+    def of(cls, function: Callable[..., Any], name: str) -> Argument:
+        """The argument of that name where `function` has it; a function that names none takes it by name."""
+        names = list(inspect.signature(function).parameters)
+        return cls(name, names.index(name)) if name in names else cls(name)
+
+    def read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """What a call gives; None if nothing."""
+        return args[self.place] if self.place < len(args) else kwargs.get(self.name)
+
+    def replaced(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], value: Any
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The call's arguments with `value` for this one, as forward pre-hooks return them."""
+        if self.place < len(args):
+            return (*args[: self.place], value, *args[self.place + 1 :]), kwargs
+        return args, {**kwargs, self.name: value}
+
+
+HIDDEN_STATES = Argument("hidden_states", 0)  # of every block
+
+
 @contextmanager
 def hooked(hooks: Iterable[RemovableHandle]) -> Iterator[None]:
     """While it is open, these hooks are on."""
@@ -103,7 +134,7 @@ def watched_inputs(model: PreTrainedModel, look: Callable[[int, Tensor], None]) 
 
     def watch(i: int) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            look(i, (args[0] if args else kwargs["hidden_states"]).detach())
+            look(i, HIDDEN_STATES.read(args, kwargs).detach())
 
         return hook
 
@@ -124,9 +155,8 @@ def forced_inputs(model: PreTrainedModel, give: Callable[[int], Tensor], made: C
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             nonlocal begun
             begun = made()
-            given = args[0] if args else kwargs["hidden_states"]
-            replaced = give(i).to(given.device, given.dtype)
-            return ((replaced, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": replaced})
+            given = HIDDEN_STATES.read(args, kwargs)
+            return HIDDEN_STATES.replaced(args, kwargs, give(i).to(given.device, given.dtype))
 
         return hook
 

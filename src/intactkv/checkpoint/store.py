@@ -23,7 +23,7 @@ from intactkv.artifact.digest import joined, tensor_digest
 from intactkv.checkpoint.ahead import Ahead, Uploads
 from intactkv.checkpoint.recipe import Recipe, recipes
 from intactkv.checkpoint.shards import LINE, Shards, aligned
-from intactkv.decoder import blocks
+from intactkv.decoder import Argument, blocks
 
 _SLICE = 8192  # rows of the head at a time
 _HASHERS = max(1, (os.cpu_count() or 1) // 4)  # threads: one hashes as fast as a disk reads, not as memory
@@ -271,16 +271,15 @@ class Store(Mapping[str, Tensor]):
                 continue
             arguments = list(inspect.signature(type(module).forward).parameters)[1:]
             if name := next((each for each in ("top_k_index", "router_indices") if each in arguments), None):
-                self._follow_router_(module, name, arguments.index(name), len(next(iter(own.values()))))
+                self._follow_router_(module, Argument(name, arguments.index(name)), len(next(iter(own.values()))))
                 found |= {f"{path}.{each}" for each in own}
         return found
 
-    def _follow_router_(self, module: Any, name: str, place: int, count: int) -> None:
+    def _follow_router_(self, module: Any, routed: Argument, count: int) -> None:
         plain = module.forward
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            chosen = kwargs[name] if name in kwargs else args[place]
-            self._routed = [i for i in chosen.unique().tolist() if i < count]
+            self._routed = [i for i in routed.read(args, kwargs).unique().tolist() if i < count]
             try:
                 return plain(*args, **kwargs)
             finally:

@@ -32,7 +32,7 @@ from transformers import DynamicCache, PreTrainedModel
 from intactkv.artifact import IntactKV
 from intactkv.attaching.locate import Sites
 from intactkv.attaching.tensors import IntactTensors, put
-from intactkv.decoder import blocks, hooked
+from intactkv.decoder import HIDDEN_STATES, Argument, blocks, hooked
 from intactkv.error import IntactKVError
 from intactkv.quantizing.quiet import patched
 
@@ -151,13 +151,12 @@ class PrefixAware:
     # What later tokens read.
 
     def _hook_block(self, layer: int, block: nn.Module) -> list[RemovableHandle]:
-        parameters = list(inspect.signature(block.forward).parameters)
+        parameters = inspect.signature(block.forward).parameters
         name = next((name for name in _CACHE_NAMES if name in parameters), _CACHE_NAMES[0])
+        cache_argument = Argument.of(block.forward, name)
 
         def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            place = parameters.index(name) if name in parameters else len(args)
-            cache = args[place] if place < len(args) else kwargs.get(name)
-            hidden = args[0] if args else kwargs["hidden_states"]
+            cache, hidden = cache_argument.read(args, kwargs), HIDDEN_STATES.read(args, kwargs)
             if hidden.is_meta:
                 return None  # llm-compressor traces the model
             if isinstance(cache, _Intact) and self._trial:
@@ -167,9 +166,7 @@ class PrefixAware:
                 self._running = _Intact(self, _counted(self._shown(layer, rows), self.size, length))
             else:
                 return None  # somebody's own call, such as `capture`'s
-            if place < len(args):
-                return (*args[:place], self._running, *args[place + 1 :]), kwargs
-            return args, {**kwargs, name: self._running}
+            return cache_argument.replaced(args, kwargs, self._running)
 
         def leave(module: nn.Module, args: Any, output: Any) -> Any:
             cache, self._running = self._running, None

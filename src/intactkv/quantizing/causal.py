@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.masking_utils import create_masks_for_generate
 
-from intactkv.decoder import blocks, cache_name, hooked
+from intactkv.decoder import HIDDEN_STATES, Argument, blocks, cache_name, hooked
 
 
 @contextmanager
@@ -28,20 +28,15 @@ def causal(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _hook_block(model: PreTrainedModel, layer: int, block: nn.Module) -> Iterator[Any]:
-    parameters = list(inspect.signature(block.forward).parameters)
-    if "attention_mask" not in parameters:
+    if "attention_mask" not in inspect.signature(block.forward).parameters:
         return
-    place = parameters.index("attention_mask")
+    attention_mask = Argument.of(block.forward, "attention_mask")
 
     def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        hidden = args[0] if args else kwargs["hidden_states"]
-        given = args[place] if place < len(args) else kwargs.get("attention_mask")
+        hidden, given = HIDDEN_STATES.read(args, kwargs), attention_mask.read(args, kwargs)
         if given is not None or hidden.is_meta or model.config._attn_implementation != "eager":
             return None
-        mask = _mask(model, layer, hidden)
-        if place < len(args):
-            return (*args[:place], mask, *args[place + 1 :]), kwargs
-        return args, {**kwargs, "attention_mask": mask}
+        return attention_mask.replaced(args, kwargs, _mask(model, layer, hidden))
 
     yield block.register_forward_pre_hook(enter, with_kwargs=True)
 
