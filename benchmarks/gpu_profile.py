@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu import CUDA, DEVICE, FULL, TOY, clocked, copied, where
+from gpu_clock import CUDA, DEVICE, clocked, where
+from gpu_llama import copied, eight_billion
 from torch.profiler import ProfilerActivity, profile
-from transformers import AttentionInterface, AutoModelForCausalLM, DynamicCache, LlamaConfig, PreTrainedModel
+from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.models.llama import modeling_llama as llama
 
@@ -58,8 +59,7 @@ def main() -> None:
     options.add_argument("--context", type=int, default=4096 if CUDA else 64)
     asked = options.parse_args()
     asked.out.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(0)
-    model = eight_layers()
+    model = eight_billion(8 if CUDA else 2)  # the one that `gpu.py --only decode` steps
     figures: dict[str, Any] = {"where": where(), "batch": asked.batch, "context": asked.context}
     for name, cache in caches(model).items():
         fill(cache, model, asked.batch, asked.context)
@@ -73,17 +73,6 @@ def main() -> None:
     print("host microseconds a layer", *names, sep=" | ")
     for part in (*PARTS, SDPA):
         print(part, *(f"{figures[name]['parts'].get(part, 0):.1f}" for name in names), sep=" | ")
-
-
-def eight_layers() -> PreTrainedModel:
-    """The model that `gpu.py --only decode` steps."""
-    size = FULL if CUDA else TOY
-    few = {"num_hidden_layers": 8 if CUDA else 2, "vocab_size": 32000 if CUDA else 64}
-    config = LlamaConfig(**{**size.model, **few}, max_position_embeddings=131072)
-    if not CUDA:
-        config.head_dim = size.head_dim
-    with DEVICE:
-        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
 
 
 def caches(model: PreTrainedModel) -> dict[str, Any]:

@@ -22,7 +22,10 @@ from statistics import median
 from typing import Any
 
 import torch
-from gpu import CUDA, DEVICE, FULL, TOY, allocated, clocked, copied, decoding, intact, prefill, turns, where
+from gpu_attach import intact, prefill
+from gpu_clock import CUDA, DEVICE, allocated, clocked, turns, where
+from gpu_decode import decoding
+from gpu_llama import copied, eight_billion
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, PreTrainedModel
 
 from intactkv import PackedCache, Packing, attach, capture, read_packed
@@ -250,18 +253,6 @@ def growth_figures() -> dict[str, Any]:
         del model
         gc.collect()
     return {"rows": rows}
-
-
-def eight_billion(layers: int) -> PreTrainedModel:
-    """So many layers of Llama-3-8B's shape in bfloat16."""
-    torch.manual_seed(0)
-    size = FULL if CUDA else TOY
-    config = LlamaConfig(**{**size.model, "num_hidden_layers": layers, "vocab_size": 32000 if CUDA else 64},
-                         bos_token_id=BOS, max_position_embeddings=131072)  # fmt: skip
-    if not CUDA:
-        config.head_dim = size.head_dim
-    with DEVICE:
-        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
 
 
 def prompt(model: PreTrainedModel, batch: int, tokens: int, prefix: torch.Tensor) -> torch.Tensor:
