@@ -86,8 +86,11 @@ def test_a_prefix_at_another_position_is_refused() -> None:
         planner().plan(call, 0, Progress(), caches=True)
 
 
-def test_a_length_that_changes_all_keys_is_refused() -> None:
-    rope = {"rope_type": "dynamic", "original_max_position_embeddings": 6}
+DYNAMIC = {"rope_type": "dynamic", "original_max_position_embeddings": 6}
+
+
+@pytest.mark.parametrize("rope", [DYNAMIC, {"sliding_attention": {"rope_type": "default"}, "full_attention": DYNAMIC}])
+def test_a_length_that_changes_all_keys_is_refused(rope: dict[str, Any]) -> None:
     ids = torch.tensor([[7, 8, 9, 1, 1, 1, 1]])
     with pytest.raises(IntactKVError, match="reaches position 6, but the model's RoPE scaling"):
         planner(rope_parameters=rope, max_position_embeddings=12).plan({"input_ids": ids}, 0, Progress(), caches=True)

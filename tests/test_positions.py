@@ -10,7 +10,7 @@ import torch
 from models import PREFIX, build, by_name
 from test_cli import intactkv
 from test_control import CONTROL
-from transformers import BloomConfig, LlamaConfig
+from transformers import BloomConfig, Gemma3TextConfig, LlamaConfig
 
 from intactkv import IntactKVError, capture
 from intactkv.calibrating import CalibrationConfig, Sample, Samples, calibrate, split
@@ -45,6 +45,14 @@ def test_the_limit_is_the_scaled_length(rope: dict[str, Any] | None, limit: int)
     check_positions(config, limit, "a window")
     with pytest.raises(IntactKVError, match=f"a window takes {limit + 1} positions, but llama has {limit}"):
         check_positions(config, limit + 1, "a window")
+
+
+def test_the_limit_is_that_of_the_kind_of_layer_that_is_stretched() -> None:
+    rope = {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+    }
+    assert most_positions(Gemma3TextConfig(max_position_embeddings=1000, rope_parameters=rope)) == 8000
 
 
 def test_learned_positions_have_a_limit_and_alibi_has_none() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from jaxtyping import Int
 from torch import Tensor
@@ -23,13 +24,17 @@ def most_positions(config: PreTrainedConfig) -> int | None:
     limit = getattr(decoder, "max_position_embeddings", None)
     if not isinstance(limit, int) or limit < 1 or getattr(decoder, "alibi", False):
         return None
-    rope = getattr(decoder, "rope_parameters", None) or {}
-    kinds = [part for part in rope.values() if isinstance(part, Mapping)] or [rope]  # one for each kind of layer
-    for kind in kinds:
+    for kind in rope_kinds(config):
         if kind.get("rope_type") in _BY_FACTOR:
             trained = kind.get("original_max_position_embeddings") or decoder.max_position_embeddings
             limit = max(limit, int(trained * float(kind.get("factor") or 1)))
     return limit
+
+
+def rope_kinds(config: PreTrainedConfig) -> list[Mapping[str, Any]]:
+    """The decoder's RoPE parameters: one mapping, or as many as it has kinds of layers; an empty one without RoPE."""
+    rope = getattr(config.get_text_config(decoder=True), "rope_parameters", None) or {}
+    return [kind for kind in rope.values() if isinstance(kind, Mapping)] or [rope]
 
 
 def check_positions(config: PreTrainedConfig, count: int, what: str) -> None:

@@ -21,6 +21,7 @@ from intactkv.attaching.tensors import IntactTensors
 from intactkv.decoder import block_size, given_cache, is_paged
 from intactkv.error import IntactKVError
 from intactkv.packed.cache import PackedLayer
+from intactkv.positions import rope_kinds
 
 _ALIBI_BY_COLUMN = ("bloom", "mpt")  # take no position_ids and need none: only distances between columns count
 
@@ -297,11 +298,8 @@ def _ids(arguments: Mapping[str, Any], past: int, progress: Progress) -> Tensor:
 
 def _rope_limit(config: Any) -> int | None:
     """The first position at which a length-dependent RoPE changes the keys of earlier positions, if there is one."""
-    config = config.get_text_config(decoder=True)
-    rope = getattr(config, "rope_parameters", None) or {}
-    per_layer_type = [r for r in rope.values() if isinstance(r, Mapping)]
-    for parameters in per_layer_type or [rope]:
-        if parameters.get("rope_type") in ("dynamic", "longrope"):
-            trained = parameters.get("original_max_position_embeddings")
-            return int(trained or config.max_position_embeddings)
+    for kind in rope_kinds(config):
+        if kind.get("rope_type") in ("dynamic", "longrope"):
+            trained = kind.get("original_max_position_embeddings")
+            return int(trained or config.get_text_config(decoder=True).max_position_embeddings)
     return None
