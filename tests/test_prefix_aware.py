@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from intactkv import IntactKV, IntactKVError, attach, bos, capture
-from intactkv.artifact.served import quantizer_settings
+from intactkv.artifact.served import quantizer_settings, refuse_unchecked
 from intactkv.attaching.locate import Sites
 from intactkv.attaching.plain import made_for_prefix, recipe_folder
 from intactkv.attaching.tensors import IntactTensors, put
@@ -390,9 +390,26 @@ def test_a_repository_without_a_recipe_was_made_for_nothing(
 
     monkeypatch.setattr("intactkv.attaching.plain.hf_hub_download", missing)
     assert made_for_prefix("somebody/model") is None
-    for text in ("", "[]", '{"prefix_aware": 3}', "{"):
-        (tmp_path / RECIPE).write_text(text)
-        assert made_for_prefix(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    ("said", "why"),
+    [(b"", "Expecting value"), (b"{", "Expecting property name"), (b"\xff", "can't decode byte"),
+     (b"[" * 100_000, "nested too deeply"), (b"[]", r"it is \[\]"), (b'{"prefix_aware": 3}', "prefix_aware is 3")],
+)  # fmt: skip
+def test_what_cannot_be_read_of_a_checkpoint_is_refused_before_it_is_loaded(
+    said: bytes, why: str, tmp_path: Path
+) -> None:
+    """Taken for nothing, a checkpoint made for its prefix would run without it, and nobody be told."""
+    folder = tmp_path / "q"
+    build(by_name("llama-gqa")).save_pretrained(folder)
+    kv = capture(load_model(folder), [1])
+    assert made_for_prefix(folder) is None
+    (folder / RECIPE).write_bytes(said)
+    (folder / "model.safetensors").write_bytes(b"spoilt as well, and would be refused for that")
+    for reads in (made_for_prefix, quantizer_settings, load_model, lambda it: refuse_unchecked(kv, it, str(it))):
+        with pytest.raises(IntactKVError, match=f"says what prefix it was made for, and cannot be read: .*{why}"):
+            reads(folder)
 
 
 def test_what_a_hub_name_was_made_with_is_read_from_its_repository(

@@ -70,9 +70,11 @@ def with_check(kv: IntactKV, folder: Path) -> IntactKV:
 
 
 def made_for_prefix(folder: Path) -> Mapping[str, Any] | None:
-    """What a folder's `intactkv.json` says of the prefix that its checkpoint was made for; None if it was for none."""
-    found = _recipe(folder).get("prefix_aware")
-    return found if isinstance(found, dict) else None
+    """What a folder's `intactkv.json` says of the prefix that its checkpoint was made for; None if it was for none.
+
+    Raises `IntactKVError` where it cannot be read.
+    """
+    return _recipe(folder).get("prefix_aware")
 
 
 def quantizer_settings(folder: Path) -> Mapping[str, Any]:
@@ -147,8 +149,21 @@ def _config(folder: Path) -> dict[str, Any]:
 
 
 def _recipe(folder: Path) -> dict[str, Any]:
+    """What `intactkv.json` says; nothing where there is none. One that cannot be read might say that no model fits."""
+    path, wrong = folder / RECIPE, None
     try:
-        said = from_json((folder / RECIPE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        said = from_json(path.read_text(encoding="utf-8"))
+        if not isinstance(said, dict):
+            wrong = f"it is {said!a:.40}, no object"
+        elif not isinstance(said.get("prefix_aware"), dict | None):
+            wrong = f"prefix_aware is {said['prefix_aware']!a:.40}, no object"
+    except (FileNotFoundError, NotADirectoryError):
         return {}
-    return said if isinstance(said, dict) else {}
+    except (OSError, ValueError) as error:
+        wrong = first_line(error)
+    if wrong is not None:
+        raise IntactKVError(
+            f"{path} says what prefix it was made for, and cannot be read: {wrong}; copy it again from where the "
+            "checkpoint came from, or quantize again"
+        )
+    return said

@@ -27,7 +27,8 @@ def made_for_prefix(source: str | os.PathLike[str]) -> Mapping[str, Any] | None:
     """What a quantized folder or Hub name says of the prefix it was made for; None if it was made for none.
 
     `weight`, the prefix tokens' weight in calibration, below 1; `prefix`, their ids; `perplexity` on held-out windows
-    of the calibration text: of the full model, and of the quantized one `with_kv` and `without_kv`.
+    of the calibration text: of the full model, and of the quantized one `with_kv` and `without_kv`. Raises
+    `IntactKVError` where a folder's `intactkv.json` cannot be read.
     """
     return served.made_for_prefix(recipe_folder(source))
 
@@ -42,11 +43,8 @@ def recipe_folder(source: str | os.PathLike[str]) -> Path:
         return Path(source)  # the repository has none, or cannot be reached, which loading it says itself
 
 
-def warn_when_plain_(model: PreTrainedModel, source: str | os.PathLike[str]) -> None:
-    """Let `model` warn once, at its first forward without an intact KV, if `source` says that it was made for one."""
-    about = made_for_prefix(source)
-    if about is None:
-        return
+def warn_when_plain_(model: PreTrainedModel, about: Mapping[str, Any], source: str | os.PathLike[str]) -> None:
+    """Let `model` of `source`, made for the prefix that `about` tells of, warn at its first forward without its KV."""
 
     def look(module: PreTrainedModel, args: Any) -> None:
         if torch.compiler.is_compiling() or is_attached(module):

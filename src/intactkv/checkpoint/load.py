@@ -25,7 +25,7 @@ from transformers import (
 from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationMethod
 
-from intactkv.attaching.plain import warn_when_plain_
+from intactkv.attaching.plain import made_for_prefix, warn_when_plain_
 from intactkv.checkpoint.compressed import check_packing, online_transforms
 from intactkv.checkpoint.source import check_exists, config_of, holds_floats, located, weight_files
 from intactkv.checkpoint.stream import CannotStream, larger_than_memory, load_streamed
@@ -58,6 +58,7 @@ def load_with_losses(
 ) -> tuple[PreTrainedModel, dict[str, list[str]]]:
     """As `load_model`, but what did not fit is returned by kind: missing, unexpected and mismatched keys."""
     check_exists(source)
+    made_for = made_for_prefix(source)
     _check_packing(source)
     try:
         with _quiet():
@@ -78,7 +79,8 @@ def load_with_losses(
             raise
         raise IntactKVError(f"{source} cannot be loaded as a causal LM: {first_line(error)}") from error
     kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
-    warn_when_plain_(model, source)
+    if made_for is not None:
+        warn_when_plain_(model, made_for, source)
     losses = {kind: sorted({*map(str, report[kind])} - restored) for kind in kinds}
     losses["unexpected_keys"] = _but_zero_biases(source, losses["unexpected_keys"])
     return model.eval(), losses
