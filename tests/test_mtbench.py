@@ -327,6 +327,28 @@ def test_answers_of_another_run_are_not_mixed(
         file.open(questions)
 
 
+@pytest.mark.parametrize(
+    ("said", "why"),
+    [
+        ([], "its how is None"),
+        ({"questions": {}}, "its how is None"),
+        ({"how": ["seed", 0]}, r"its how is \['seed', 0\]"),
+        ({"how": {"seed": 0}, "questions": 3}, "its questions is 3"),
+    ],
+)
+def test_a_file_that_does_not_say_how_answers_were_made_is_refused(
+    said: Any, why: str, questions: list[Question], tmp_path: Path
+) -> None:
+    file = AnswerFile(tmp_path, "m", {"seed": 0})
+    known = file.open(questions)
+    file.add(known, questions[0], ["a", "b"])
+    file.write(known)
+    file.path.with_suffix(".json").write_text(json.dumps(said))
+    with pytest.raises(IntactKVError, match=f"m.json must say how the answers beside it were made, and {why}"):
+        file.open(questions)
+    assert json.loads(file.path.with_suffix(".json").read_text()) == said
+
+
 @pytest.mark.parametrize("name", ["../elsewhere", "/tmp/elsewhere", "a/b", ".", ".."])
 def test_a_name_does_not_lead_out_of_the_folder(name: str, tmp_path: Path) -> None:
     path = mtbench.write(tmp_path / "question.jsonl", mtbench.QUESTIONS)

@@ -43,9 +43,8 @@ class AnswerFile:
         if self.path.exists():
             rows = read_lines(self.path, needed=("question_id", "choices"), keys=("question_id",))
         if rows:
-            made = _read_json(about)
-            differs = [name for name, value in self.how.items() if made.get("how", {}).get(name) != value]
-            asked = made.get("questions", {})
+            how, asked = _made(about)
+            differs = [name for name, value in self.how.items() if how.get(name) != value]
             differs += [f"question {name}" for name, text in texts.items() if asked.get(name, text) != text]
             if differs:
                 raise IntactKVError(
@@ -111,11 +110,19 @@ def _digest(question: Question) -> str:
     return sha256(json.dumps([question.turns, question.temperature]).encode()).hexdigest()[:16]
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _made(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """How the answers beside `path` were made, and the digests of their questions by id."""
     try:
         found = from_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise IntactKVError(
             f"{path}, which says how the answers beside it were made, cannot be read ({error}); name another folder"
         ) from error
-    return found if isinstance(found, dict) else {}
+    for name in ("how", "questions"):
+        part = found.get(name) if isinstance(found, dict) else None
+        if not isinstance(part, dict):
+            raise IntactKVError(
+                f"{path} must say how the answers beside it were made, and its {name} is {part!a:.40}, no object; name "
+                "another folder, another --name, or remove both files"
+            )
+    return found["how"], found["questions"]
