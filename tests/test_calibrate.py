@@ -197,6 +197,8 @@ def test_what_is_not_said_is_decided_by_device_and_room(trio: Any, monkeypatch: 
     for room, (size, again) in {2**40: (4, False), 0: (1, True)}.items():
         found = sized(own, model, rows, replace(config, activation_bytes=room))
         assert (found.micro_batch, found.checkpoint_blocks) == (size, again)
+        monkeypatch.setattr("torch.cuda.mem_get_info", lambda device, room=room: (2 * room, 2**50))
+        assert sized(own, model, rows, config).micro_batch == size  # half of what is free, where nothing is said
     found = sized(own, model, rows, replace(config, micro_batch=3, checkpoint_blocks=True))
     assert (found.micro_batch, found.checkpoint_blocks) == (3, True)
     with pytest.raises(IntactKVError, match="micro_batch=0 is too few"):

@@ -39,8 +39,9 @@ class CalibrationConfig:
     training stops.
 
     `checkpoint_blocks` computes every block twice to save memory; None does so where a micro-batch's graph would take
-    more than `activation_bytes`. A full model on a CPU computes each target once: the next time it is read from a
-    temporary file of at most `keep_bytes` (0: computed at every step; elsewhere it always is).
+    more than `activation_bytes` (None: 2 GiB, or half of what is free on an NVIDIA card as training starts). A full
+    model on a CPU computes each target once: the next time it is read from a temporary file of at most `keep_bytes` (0:
+    computed at every step; elsewhere it always is).
     """
 
     objective: Objective = field(default_factory=Objective)
@@ -55,7 +56,7 @@ class CalibrationConfig:
     check_every: int = 20
     patience: int = 4
     checkpoint_blocks: bool | None = None
-    activation_bytes: int = 2 * 2**30
+    activation_bytes: int | None = None
     keep_bytes: int = 32 * 2**30
     seed: int = 0
 
@@ -68,7 +69,7 @@ class CalibrationConfig:
                 f"batch_size={self.batch_size}, seed={self.seed} cannot be; use up to 65536 and a seed below 2^32"
             )
         for name in ("activation_bytes", "keep_bytes"):
-            if getattr(self, name) < 0:
+            if (getattr(self, name) or 0) < 0:
                 raise IntactKVError(f"{name}={getattr(self, name)} is below 0; give a number of bytes, or 0")
         for name, value in (("learning_rate", self.learning_rate), ("clip", self.clip)):
             if value is not None and not 0 < value < math.inf:

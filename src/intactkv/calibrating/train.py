@@ -41,7 +41,7 @@ from intactkv.error import IntactKVError, first_line
 from intactkv.files import check_outputs, json_data
 from intactkv.heads import heads_of
 from intactkv.positions import check_tokens
-from intactkv.processes import grouped, is_main, wait
+from intactkv.processes import gathered, grouped, is_main, wait
 
 _SAVE_SECONDS = 30.0
 _SAME = 0.02  # of the logits' spread; rounding to bfloat16 stays below, dropout of 0.1 is far above
@@ -213,14 +213,18 @@ def sized(
     kv: IntactKV, model: PreTrainedModel, longest: Sequence[Sample], config: CalibrationConfig
 ) -> CalibrationConfig:
     """`config` with what is None in it decided: how many of the samples, longest last, and whether blocks twice."""
+    device, room = input_device(model), config.activation_bytes
+    if room is None:
+        room = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else 2 * 2**30
+        room = min(gathered([room]))  # one size of batches for all processes
 
     @cache
     def fits(count: int) -> bool:
-        return activations_fit(kv, model, longest[-count:], config.objective, most_bytes=config.activation_bytes)
+        return activations_fit(kv, model, longest[-count:], config.objective, most_bytes=room)
 
     size, again = config.micro_batch, config.checkpoint_blocks
     if size is None:
-        most = 1 if input_device(model).type == "cpu" else min(config.batch_size, len(longest))
+        most = 1 if device.type == "cpu" else min(config.batch_size, len(longest))
         size = most_that_fit(fits, most)
     return replace(config, micro_batch=size, checkpoint_blocks=not fits(size) if again is None else again)
 
