@@ -26,16 +26,13 @@ from intactkv.packed.attention import Partial
 from intactkv.packed.reads import forward
 from intactkv.packed.store import Packed, Run, TokenStore
 
-# block, warps, stages, and the waves to try with them: what fits in registers, see `kernel.py`
+# block, warps, stages, and the least blocks of a share to try with them: see `kernel.py`
 CANDIDATES: list[tuple[tuple[int, int, int], tuple[int, ...]]] = [
-    ((64, 1, 2), (8, 16)),
-    ((64, 1, 3), (8, 16)),
-    ((64, 1, 4), (8,)),
-    ((32, 1, 2), (8, 12, 16)),
-    ((32, 1, 3), (8, 12, 16)),
-    ((32, 1, 4), (8, 12)),
-    ((32, 2, 3), (6, 8)),
-    ((128, 2, 3), (4, 8)),
+    ((32, 1, 2), (4,)),
+    ((32, 1, 3), (1, 4, 8)),
+    ((32, 1, 4), (4,)),
+    ((32, 2, 3), (4,)),
+    ((64, 1, 3), (1, 4)),
 ]
 
 
@@ -51,9 +48,9 @@ def packed_figures(size: Size, tune: bool) -> dict[str, Any]:
     rows = []
     for context in size.contexts:
         for batch in size.contexts_batches:
-            rows += decode_rows(size, batch, context, bandwidth)
-            for row in rows[-3:]:
-                print(row, flush=True)
+            found = decode_rows(size, batch, context, bandwidth)
+            print(*found, sep="\n", flush=True)
+            rows += found
     return {"errors": errors, "bandwidth": bandwidth, "tuned": tuned, "rows": rows}
 
 
@@ -113,7 +110,7 @@ def decode_rows(size: Size, batch: int, context: int, bandwidth: float) -> list[
     for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION) if CUDA else (SDPBackend.MATH,):
         ways[f"bf16 {backend.name.split('_')[0].lower()}"] = (dense, [sdpa(half, *kv, backend) for kv in layers])
     for bits in (4, 2):
-        for keys, tokens in (("token", 0), ("channel", 32)):
+        for keys, tokens in (("token", 0), ("channel, groups of 32", 32), ("channel, groups of 64", 64)):
             one = packed(key, bits, tokens), packed(value, bits)
             read = sum(t.numel() * t.element_size() for x in one for t in (x.codes, x.scale, x.low))
             pairs = [tuple(twin(x) for x in one) for _ in range(copies(size, read))]
@@ -183,30 +180,27 @@ def stock_rows(size: Size, batch: int, context: int) -> list[dict[str, Any]]:
 
 
 def tuning(size: Size, bandwidth: float) -> list[dict[str, Any]]:
-    """The kernel's time over its sizes, at 16 k tokens; the best for 4 bits per token stay."""
+    """The kernel's time over its sizes, at 16 k tokens."""
     found: list[dict[str, Any]] = []
-    batch, context = (8, 16384) if CUDA else (1, 128)
-    query, key, value = fresh(batch, context, size.head_dim)
-    own = (kernel.BLOCK, kernel.WARPS, kernel.STAGES), (kernel.WAVES,)
-    for bits, group in ((4, 0), (2, 0), (4, 32), (2, 32), (4, 64), (2, 64)):
+    own = (kernel.BLOCK, kernel.WARPS, kernel.STAGES), (kernel.LEAST,)
+    kinds = itertools.product(((4, 0), (2, 0), (4, 32), (2, 32), (4, 64), (2, 64)), (8, 1) if CUDA else (1,))
+    for (bits, group), batch in kinds:
+        query, key, value = fresh(batch, 16384 if CUDA else 128, size.head_dim)
         k, v = packed(key, bits, group), packed(value, bits)
         read = sum(t.numel() * t.element_size() for x in (k, v) for t in (x.codes, x.scale, x.low))
         pairs = [(twin(k), twin(v)) for _ in range(copies(size, read))]
         kind = []
-        for sizes, waves in CANDIDATES if CUDA else [own]:
-            if CUDA and not (sizes[0] == group if group else sizes[0] >= 64):
-                continue  # a block lies within one group, and larger ones were better throughout
-            for wave in waves:
-                (kernel.BLOCK, kernel.WARPS, kernel.STAGES), kernel.WAVES = sizes, wave
+        for sizes, leasts in CANDIDATES if CUDA else [own]:
+            for least in leasts:
+                (kernel.BLOCK, kernel.WARPS, kernel.STAGES), kernel.LEAST = sizes, least
                 seconds = median(turns({"it": graphed([packed_way(query, *pair) for pair in pairs])}, 3)["it"])
-                kind.append({"bits": bits, "group": group, "settings": (*sizes, wave), "us": round(1e6 * seconds, 1),
+                kind.append({"bits": bits, "group": group, "batch": batch, "settings": (*sizes, least),
+                             "us": round(1e6 * seconds, 1),
                              "of_copy_bandwidth": round(read / seconds / bandwidth, 3)})  # fmt: skip
         found += kind
-        print(f"{bits} bits, groups of {group or 1}, (block, warps, stages, waves):", flush=True)
+        print(f"{bits} bits, groups of {group or 1}, batch {batch}, (block, warps, stages, least blocks):", flush=True)
         print(*sorted(kind, key=lambda f: f["us"]), sep="\n", flush=True)
-    chosen = min((f for f in found if (f["bits"], f["group"]) == (4, 0)), key=lambda f: f["us"])["settings"]
-    kernel.BLOCK, kernel.WARPS, kernel.STAGES, kernel.WAVES = chosen
-    print("block, warps, stages, waves:", chosen, flush=True)
+    (kernel.BLOCK, kernel.WARPS, kernel.STAGES), (kernel.LEAST,) = own
     return found
 
 

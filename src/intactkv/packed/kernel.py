@@ -27,14 +27,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from intactkv.packed.attention import FLOOR, Partial
-from intactkv.packed.launch import Kept, on_device
+from intactkv.packed.launch import Kept, on_device, programs_at_once
 from intactkv.packed.store import Packed
 
 ROWS = 8  # the least that a matrix product takes
 UNIT = 2**24 if torch.version.hip is None else 1  # what codes are short of as numbers: as subnormal bits, or nothing
-BLOCK = 64  # tokens
+BLOCK = 32  # tokens; with keys per channel a group, up to twice as many
 WARPS, STAGES = 1, 3
-WAVES = 8  # programs for each multiprocessor, so that loads of one hide behind the work of others
+LEAST = 4  # blocks of a share: fewer take less time than merging a share more
 
 
 def fits(key: Packed, value: Packed, rows: int) -> bool:
@@ -62,9 +62,8 @@ def packed_attention_gpu(
         shares = sharing(query.contiguous(), len(key))
         out = Partial(*(query.new_empty((batch, head, rows, n), dtype=torch.float32) for n in (value.dim, 1, 1)))
         _merge[(rows, batch * head)](
-            shares, *out, rows, sharing.splits, DIM=value.dim, SPLITS=triton.next_power_of_2(sharing.splits),
-            num_warps=4,
-        )  # fmt: skip
+            shares, *out, rows, sharing.splits, DIM=value.dim, SPLITS=triton.next_power_of_2(sharing.splits)
+        )
     return out
 
 
@@ -90,25 +89,27 @@ class Sharing:
         clock: Int[Tensor, "3"] | None = None,
     ) -> None:
         batch, head, rows, dim = query.shape
-        block = _block(key)
-        self.splits = _splits(batch * head, most, block, query.device)
-        self._numbers = batch * head * self.splits * rows * (value.dim + 2)
         seen = None if mask is None else mask.expand(batch, head, rows, most)
         unit = 1 if exact else UNIT
-        self._launch = Kept(
-            _attend, (self.splits, batch * head),
-            (
-                key.codes, key.scale, key.low, value.codes, value.scale, value.low, begin, seen,
-                head, rows, softcap or 0.0,
-                *key.codes.stride()[:2], *key.scale.stride()[:2], *value.codes.stride()[:2], *value.scale.stride()[:2],
-                *((0,) * 4 if seen is None else seen.stride()), scaling, clock,
-            ),
-            DIM=dim, DIM_V=value.dim, BITS=key.bits, BITS_V=value.bits, TOKEN_GROUP=key.token_group, BLOCK=block,
-            ROWS=max(ROWS, triton.next_power_of_2(rows)), BEGIN=0 if begin is None else begin.ndim,
-            MASK=0 if seen is None else 1 if seen.dtype == torch.bool else 2, CAP=softcap is not None,
-            EXACT=exact, UNIT=unit, ASM=query.is_cuda and unit > 1, CLOCK=clock is not None,
-            num_warps=WARPS, num_stages=STAGES,
+        rest = (
+            key.codes, key.scale, key.low, value.codes, value.scale, value.low, begin, seen,
+            head, rows, softcap or 0.0,
+            *key.codes.stride()[:2], *key.scale.stride()[:2], *value.codes.stride()[:2], *value.scale.stride()[:2],
+            *((0,) * 4 if seen is None else seen.stride()), scaling, clock,
         )  # fmt: skip
+        settings = {
+            "DIM": dim, "DIM_V": value.dim, "BITS": key.bits, "BITS_V": value.bits, "TOKEN_GROUP": key.token_group,
+            "BLOCK": _block(key), "ROWS": max(ROWS, triton.next_power_of_2(rows)),
+            "BEGIN": 0 if begin is None else begin.ndim,
+            "MASK": 0 if seen is None else 1 if seen.dtype == torch.bool else 2, "CAP": softcap is not None,
+            "EXACT": exact, "UNIT": unit, "ASM": query.is_cuda and unit > 1, "CLOCK": clock is not None,
+            "num_warps": WARPS, "num_stages": STAGES,
+        }  # fmt: skip
+        with on_device(query):
+            places = programs_at_once(_attend, (query, torch.float32, most, *rest), settings)
+        self.splits = _splits(batch * head, triton.cdiv(most, _block(key)), places)
+        self._numbers = batch * head * self.splits * rows * (value.dim + 2)
+        self._launch = Kept(_attend, (self.splits, batch * head), rest, **settings)
 
     def __call__(self, query: Tensor, tokens: int) -> Float[Tensor, "share"]:
         """The shares over the first `tokens` tokens: sums `(batch, kv_head, split, row, dim_v)`, peaks, totals."""
@@ -119,17 +120,15 @@ class Sharing:
 
 def _block(key: Packed) -> int:
     """Tokens of a block: all of one group, where scales are per channel."""
-    block = BLOCK
+    block = 2 * BLOCK if key.token_group else BLOCK
     while key.token_group % block:
         block //= 2
     return block
 
 
-def _splits(programs: int, tokens: int, block: int, device: torch.device) -> int:
-    """Into how many shares the tokens go."""
-    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
-    blocks = max(1, triton.cdiv(tokens, block))
-    wanted = max(1, min(blocks, WAVES * processors // programs, 256))
+def _splits(rows: int, blocks: int, places: int) -> int:
+    """Into how many shares `blocks` go: all `rows` of them find a place at once, as one that waits is waited for."""
+    wanted = max(1, min(triton.cdiv(blocks, LEAST), places // rows, 256))
     return triton.cdiv(blocks, triton.cdiv(blocks, wanted))
 
 
@@ -401,20 +400,30 @@ def _merge(
     shares, acc_out, peak_out, total_out, rows, splits, DIM: tl.constexpr, SPLITS: tl.constexpr
 ):  # fmt: skip
     """The splits of one row together."""
-    r, bh = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    s, d = tl.arange(0, SPLITS), tl.arange(0, DIM)
-    row = (bh * splits + s) * rows + r
-    there = s < splits
-    peak, total = beside(shares, tl.num_programs(1).to(tl.int64) * splits * rows, DIM)
-    m = tl.load(peak + row, there, FLOOR_)
-    top = tl.max(m, 0)
-    faded = tl.exp(m - top)
-    whole = tl.sum(faded * tl.load(total + row, there, 0.0), 0)
-    a = tl.load(shares + row[:, None] * DIM + d[None, :], there[:, None], 0.0)
+    r, bh, d = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.arange(0, DIM)
+    count = tl.num_programs(1).to(tl.int64) * splits * rows
+    sum_, top, whole = merged(shares, count, bh * splits * rows + r, rows, splits, DIM, SPLITS)
     out = bh * rows + r
-    tl.store(acc_out + out * DIM + d, tl.sum(a * faded[:, None], 0))
+    tl.store(acc_out + out * DIM + d, sum_)
     tl.store(peak_out + out, top)
     tl.store(total_out + out, whole)
+
+
+@triton.jit
+def merged(shares, count, first, step, splits, DIM: tl.constexpr, SPLITS: tl.constexpr):
+    """One row's shares together, `splits` rows of `count`, the `first` and every `step`-th: sums, peak, total."""
+    BLOCK: tl.constexpr = min(SPLITS, 64)
+    peak, total = beside(shares, count, DIM)
+    s, d = tl.arange(0, SPLITS), tl.arange(0, DIM)
+    top = tl.max(tl.load(peak + first + s * step, s < splits, FLOOR_), 0)
+    whole, sum_ = 0.0, tl.zeros((DIM,), tl.float32)
+    for begin in range(0, splits, BLOCK):
+        share = begin + tl.arange(0, BLOCK)
+        there, at = share < splits, first + share * step
+        faded = tl.exp2((tl.load(peak + at, there, FLOOR_) - top) * LOG2E)
+        whole += tl.sum(faded * tl.load(total + at, there, 0.0), 0)
+        sum_ += tl.sum(faded[:, None] * tl.load(shares + at[:, None] * DIM + d[None, :], there[:, None], 0.0), 0)
+    return sum_, top, whole
 
 
 FLOOR_ = tl.constexpr(FLOOR)

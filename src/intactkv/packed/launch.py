@@ -7,12 +7,15 @@ then launches with addresses in place of tensors.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
+SCHEDULERS = 4  # of a multiprocessor
+RESERVED = 1024  # bytes of shared memory that each program takes beside its own
 ALIGNED = 16  # bytes: what the compiler takes for granted of an address once it has seen it
 
 
@@ -42,6 +45,38 @@ class Kept:
             rest = [x.data_ptr() if isinstance(x, Tensor) else x for x in self._rest]
             self._fixed = [*rest, *(self._settings[name] for name in constants)]
             self._compiled = compiled[self._grid]
+
+
+_AT_ONCE: dict[Any, int] = {}
+
+
+def programs_at_once(kernel: Any, arguments: tuple[Any, ...], settings: Mapping[str, Any]) -> int:
+    """How many programs of `kernel` the current card holds at the same time, by their registers and shared memory.
+
+    Each of a multiprocessor's four schedulers has a quarter of its registers, and gives them out in whole warps. What
+    a compiler makes of a kernel changes with its version and options, so the kernel is compiled and asked. AMD's cards
+    count registers otherwise, and an interpreter compiles nothing: eight programs to a multiprocessor are taken there.
+    """
+    if not torch.cuda.is_available():
+        return 16
+    device = torch.cuda.current_device()
+    types = (x.dtype if isinstance(x, Tensor) else x if isinstance(x, torch.dtype) else x is None for x in arguments)
+    key = (kernel, device, *types, *settings.values())
+    if key not in _AT_ONCE:
+        card = torch.cuda.get_device_properties(device)
+        _AT_ONCE[key] = card.multi_processor_count * _on_one(kernel, arguments, settings, card)
+    return _AT_ONCE[key]
+
+
+def _on_one(kernel: Any, arguments: tuple[Any, ...], settings: Mapping[str, Any], card: Any) -> int:
+    compiled = None if torch.version.hip else kernel.warmup(*arguments, grid=(1,), **settings)
+    if compiled is None:
+        return 8
+    compiled[1, 1, 1]  # loads it: only then are its registers known
+    warps, needed = settings["num_warps"], -(-compiled.n_regs // 8) * 8 * card.warp_size
+    by_registers = SCHEDULERS * (card.regs_per_multiprocessor // SCHEDULERS // needed) // warps
+    by_memory = card.shared_memory_per_multiprocessor // (compiled.metadata.shared + RESERVED)
+    return max(1, min(by_registers, by_memory))
 
 
 def on_device(x: Tensor) -> AbstractContextManager[Any]:

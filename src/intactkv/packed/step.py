@@ -23,7 +23,7 @@ SLACK, WIDER, SMALLEST = tl.constexpr(bits.SLACK), tl.constexpr(bits.WIDER), tl.
 FLOOR_ = tl.constexpr(FLOOR)
 LOG2E = tl.constexpr(1.4426950408889634)
 ROUNDER = tl.constexpr(1.5 * 2**23)  # adding and subtracting it rounds half to even
-beside = kernel.beside
+merged = kernel.merged
 
 
 @triton.jit(do_not_specialize=["stored", "packed"])
@@ -147,17 +147,10 @@ def finish(
     b, h = bh // heads, bh % heads
     if CLOCK:
         stored, read = tl.load(clock), tl.load(clock + 2)
-    d, d_v, s = tl.arange(0, DIM), tl.arange(0, DIM_V), tl.arange(0, SPLITS)
+    d, d_v = tl.arange(0, DIM), tl.arange(0, DIM_V)
     q = tl.load(query + (bh * live + r) * DIM + d).to(tl.float32) * scaling
-    peak, total = beside(shares, tl.num_programs(1).to(tl.int64) * splits * live, DIM_V)
-    m = tl.max(tl.load(peak + (bh * splits + s) * live + r, s < splits, FLOOR_), 0)
-    weight, sum_ = 0.0, tl.zeros((DIM_V,), tl.float32)
-    for begin in range(0, splits, BLOCK):
-        share = begin + tl.arange(0, BLOCK)
-        there, at = share < splits, (bh * splits + share) * live + r
-        faded = tl.exp2((tl.load(peak + at, there, FLOOR_) - m) * LOG2E)
-        weight += tl.sum(faded * tl.load(total + at, there, 0.0), 0)
-        sum_ += tl.sum(faded[:, None] * tl.load(shares + at[:, None] * DIM_V + d_v[None, :], there[:, None], 0.0), 0)
+    count = tl.num_programs(1).to(tl.int64) * splits * live
+    sum_, m, weight = merged(shares, count, bh * splits * live + r, live, splits, DIM_V, SPLITS)
     first, kept_here, start = 0, 0, 0
     if ROWS:
         first, start = tl.load(rows + b * 3), tl.load(rows + b * 3 + 1)
