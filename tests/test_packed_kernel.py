@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 pytest.importorskip("triton")
 
@@ -39,6 +41,26 @@ def test_kernel_equals_pytorch(bits: int, token_group: int, exact: bool) -> None
         near = 1e-5 if exact else 4e-3
         torch.testing.assert_close(got.acc / got.total, want.acc / want.total, atol=near, rtol=near)
         torch.testing.assert_close(got.peak + got.total.log(), want.peak + want.total.log(), atol=near, rtol=near)
+
+
+@given(st.integers(1, 300), st.integers(1, 5000), st.integers(1, 3000))
+def test_shares_cover_all_blocks_and_none_waits_for_a_place(rows: int, blocks: int, places: int) -> None:
+    splits = kernel._splits(rows, blocks, places)
+    each = -(-blocks // splits)
+    assert (splits - 1) * each < blocks <= splits * each  # none is empty
+    assert splits == 1 or splits * rows <= places
+    assert splits <= kernel.AT_ONCE or each >= kernel.LEAST
+
+
+def test_more_shares_than_are_merged_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(1)
+    monkeypatch.setattr(kernel, "BLOCK", 16)
+    monkeypatch.setattr(kernel, "_splits", lambda rows, blocks, places: blocks)
+    key, value = torch.randn(1, 1, 16 * (kernel.AT_ONCE + 2), DIM), torch.randn(1, 1, 16 * (kernel.AT_ONCE + 2), DIM)
+    k, v, query = packed(key, 4), packed(value, 4), torch.randn(1, 1, 2, DIM) * 0.4
+    want, got = packed_attention(query, k, v), packed_attention_gpu(query, k, v, exact=True)
+    torch.testing.assert_close(got.acc / got.total, want.acc / want.total, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(got.peak + got.total.log(), want.peak + want.total.log(), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("exact", "unit"), [(True, 1), (False, 1), (False, 2**24)])

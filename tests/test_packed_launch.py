@@ -1,12 +1,14 @@
-"""Kept launches: a compiled kernel gets what the ordinary launch was given, where it was compiled for that."""
+"""Kept launches: a compiled kernel gets what the ordinary launch was given; and how many programs a card holds."""
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 
-from intactkv.packed.launch import Kept
+from intactkv.packed.launch import Kept, programs_at_once
 
 
 class Kernel:
@@ -53,3 +55,50 @@ def test_tensors_that_begin_elsewhere_go_the_ordinary_way() -> None:
 def test_what_compiles_nothing_keeps_nothing() -> None:
     x = torch.zeros(64)
     assert launched(False, x, x) == ["ordinary", "ordinary"]
+
+
+class Compiled:
+    """What a compiler says of a kernel once it is loaded."""
+
+    def __init__(self, registers: int, shared: int) -> None:
+        self.registers, self.metadata = registers, SimpleNamespace(shared=shared)
+
+    def __getitem__(self, grid: tuple[int, ...]) -> None:
+        self.n_regs = self.registers
+
+
+@pytest.mark.parametrize(
+    ("registers", "shared", "warps", "each"),
+    [  # the first three as Nsight Compute read them on an H200
+        (178, 10496, 1, 8), (219, 8704, 1, 8), (189, 4352, 1, 8), (168, 10752, 1, 12),
+        (117, 6656, 1, 16), (255, 33000, 1, 6), (137, 19456, 2, 6),
+    ],
+)  # fmt: skip
+def test_a_card_holds_as_many_programs_as_its_registers_and_its_shared_memory_allow(
+    registers: int, shared: int, warps: int, each: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    card = SimpleNamespace(
+        multi_processor_count=132, regs_per_multiprocessor=65536, shared_memory_per_multiprocessor=233472, warp_size=32
+    )
+    for name, value in {"is_available": True, "current_device": 0, "get_device_properties": card}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *device, value=value: value)
+    asked = []
+
+    class Asked:
+        def warmup(self, *arguments: Any, grid: tuple[int, ...], **settings: Any) -> Compiled:
+            asked.append((arguments, settings))
+            return Compiled(registers, shared)
+
+    kernel, settings = Asked(), {"num_warps": warps}
+    arguments = torch.zeros(1), torch.float32, 7, None
+    assert programs_at_once(kernel, arguments, settings) == 132 * each
+    assert programs_at_once(kernel, arguments, settings) == 132 * each
+    assert asked == [(arguments, settings)]  # asked once
+    half = torch.zeros(1, dtype=torch.float16), *arguments[1:]
+    programs_at_once(kernel, half, settings)
+    assert len(asked) == 2  # another kernel
+
+
+def test_without_a_card_nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert programs_at_once(None, (), {}) == 16

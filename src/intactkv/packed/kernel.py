@@ -32,9 +32,10 @@ from intactkv.packed.store import Packed
 
 ROWS = 8  # the least that a matrix product takes
 UNIT = 2**24 if torch.version.hip is None else 1  # what codes are short of as numbers: as subnormal bits, or nothing
-BLOCK = 32  # tokens; with keys per channel a group, up to twice as many
+BLOCK = 64  # tokens
 WARPS, STAGES = 1, 3
-LEAST = 4  # blocks of a share: fewer take less time than merging a share more
+AT_ONCE = 64  # shares that are merged at once
+LEAST = 8  # blocks of a share where there are more than that
 
 
 def fits(key: Packed, value: Packed, rows: int) -> bool:
@@ -120,7 +121,7 @@ class Sharing:
 
 def _block(key: Packed) -> int:
     """Tokens of a block: all of one group, where scales are per channel."""
-    block = 2 * BLOCK if key.token_group else BLOCK
+    block = BLOCK
     while key.token_group % block:
         block //= 2
     return block
@@ -128,7 +129,7 @@ def _block(key: Packed) -> int:
 
 def _splits(rows: int, blocks: int, places: int) -> int:
     """Into how many shares `blocks` go: all `rows` of them find a place at once, as one that waits is waited for."""
-    wanted = max(1, min(triton.cdiv(blocks, LEAST), places // rows, 256))
+    wanted = max(1, min(blocks, places // rows, max(AT_ONCE, blocks // LEAST), 256))
     return triton.cdiv(blocks, triton.cdiv(blocks, wanted))
 
 
@@ -412,7 +413,7 @@ def _merge(
 @triton.jit
 def merged(shares, count, first, step, splits, DIM: tl.constexpr, SPLITS: tl.constexpr):
     """One row's shares together, `splits` rows of `count`, the `first` and every `step`-th: sums, peak, total."""
-    BLOCK: tl.constexpr = min(SPLITS, 64)
+    BLOCK: tl.constexpr = min(SPLITS, AT_ONCE_)
     peak, total = beside(shares, count, DIM)
     s, d = tl.arange(0, SPLITS), tl.arange(0, DIM)
     top = tl.max(tl.load(peak + first + s * step, s < splits, FLOOR_), 0)
@@ -427,4 +428,5 @@ def merged(shares, count, first, step, splits, DIM: tl.constexpr, SPLITS: tl.con
 
 
 FLOOR_ = tl.constexpr(FLOOR)
+AT_ONCE_ = tl.constexpr(AT_ONCE)
 LOG2E = tl.constexpr(1.4426950408889634)
