@@ -52,12 +52,14 @@ WAYS: dict[str, dict[str, Any]] = {  # of one calibration step
     "all samples, blocks computed twice": {"micro_batch": SAMPLES, "checkpoint_blocks": True},
 }
 # How costs grow: one of these varies, the others are as in the first of each
-AXES: dict[str, tuple[int, ...]] = {
+Axes = dict[str, tuple[int, ...]]
+AXES: Axes = {
     "context": (1024, 4096, 16384, 65536) if CUDA else (64, 128),
     "batch": (1, 8, 32) if CUDA else (1, 2),
     "prefix": (1, 34, 512) if CUDA else (1, 8),
     "layers": (8, 16, 32) if CUDA else (2, 3),
 }
+CPU_AXES: Axes = {"context": (256, 1024, 4096), "batch": (1, 4, 16), "prefix": (1, 34, 128), "layers": (4, 8, 16)}
 STAGES = {"forwards": "forward", "metrics": "token_metrics", "the full model's": "full_metrics",
           "to the CPU": "at_labels", "block errors": "_block_squares", "attaching": "attach"}  # fmt: skip
 
@@ -68,6 +70,7 @@ def main() -> None:
     options.add_argument("--out", type=Path, default=Path("gpu"), help="the folder for gpu_work.json")
     options.add_argument("--only", choices=("eval", "harness", "calibrate", "growth"), help="one piece")
     options.add_argument("--model", type=Path, help="a checkpoint in place of a random model of SmolLM2's shape")
+    options.add_argument("--cpu", action="store_true", help="growth of layers of SmolLM2's shape on a CPU, no toy")
     asked = options.parse_args()
     asked.out.mkdir(parents=True, exist_ok=True)
     figures: dict[str, Any] = {"where": where()}
@@ -75,7 +78,7 @@ def main() -> None:
         "eval": lambda: eval_figures(*pair(asked.model)),
         "harness": lambda: harness_figures(*pair(asked.model)),
         "calibrate": lambda: calibrate_figures(*pair(asked.model)),
-        "growth": growth_figures,
+        "growth": lambda: growth_figures(*(smol, CPU_AXES) if asked.cpu else (eight_billion, AXES)),
     }
     for name, piece in pieces.items():
         if asked.only in (None, name):
@@ -234,13 +237,13 @@ def calibrate_row(
 # How costs grow
 
 
-def growth_figures() -> dict[str, Any]:
-    """Milliseconds of each piece of work as one of `AXES` grows."""
+def growth_figures(build: Callable[[int], PreTrainedModel], axes: Axes) -> dict[str, Any]:
+    """Milliseconds of each piece of work as one of `axes` grows, on the model that `build` makes of so many layers."""
     rows: list[dict[str, Any]] = []
-    first = {name: values[0] for name, values in AXES.items()}
-    for layers in AXES["layers"]:
-        model = eight_billion(layers)
-        for axis, values in AXES.items():
+    first = {name: values[0] for name, values in axes.items()}
+    for layers in axes["layers"]:
+        model = build(layers)
+        for axis, values in axes.items():
             for value in values if axis != "layers" else (layers,):
                 if (layers != first["layers"] and axis != "layers") or (axis != "layers" and value == first[axis]):
                     continue  # the first of each is the row of the fewest layers
@@ -253,6 +256,13 @@ def growth_figures() -> dict[str, Any]:
         del model
         gc.collect()
     return {"rows": rows}
+
+
+def smol(layers: int) -> PreTrainedModel:
+    """So many layers of SmolLM2's shape in float32, for a CPU."""
+    torch.manual_seed(0)
+    config = LlamaConfig(**{**SMOL, "num_hidden_layers": layers, "vocab_size": 8192}, max_position_embeddings=8192)
+    return AutoModelForCausalLM.from_config(config).eval()
 
 
 def prompt(model: PreTrainedModel, batch: int, tokens: int, prefix: torch.Tensor) -> torch.Tensor:
@@ -289,8 +299,8 @@ def packed_work(model: PreTrainedModel, at: dict[str, int]) -> dict[str, float]:
         if name.startswith("packed"):
             cache.rows.set_padding(torch.ones(at["batch"], at["context"], dtype=torch.bool, device=DEVICE), 0)
         for layer in range(model.config.num_hidden_layers):
-            cache.update(*(torch.randn(shape, device=DEVICE, dtype=torch.bfloat16) for _ in range(2)), layer)
-        ways[name] = decoding(reading.get(name, model), cache, at["batch"], 8 if CUDA else 1)
+            cache.update(*(torch.randn(shape, device=DEVICE, dtype=model.dtype) for _ in range(2)), layer)
+        ways[name] = decoding(reading.get(name, model), cache, at["batch"], 8 if CUDA else 2)
     found = turns(ways, 3)
     for handle in handles:
         handle.remove()
