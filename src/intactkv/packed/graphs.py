@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from intactkv.decoder import cache_name, given_cache
 from intactkv.error import IntactKVError, first_line
 from intactkv.packed.cache import PackedCache, PackedLayer
-from intactkv.packed.launch import on_device
+from intactkv.packed.launch import FUSED, on_device
 from intactkv.packed.steady import Steady, rows_of
 
 ROOM = 1024  # tokens for which buffers are made at a capture, and a quarter of what is there
@@ -119,8 +119,9 @@ class Captured:
             from intactkv.packed import step as kernels
 
             kernels.tick[(1,)](
-                self._clock, RING=steadies[0].size, TOGETHER=packing.together, ROUNDED=packing.own == "rounded"
-            )
+                self._clock, RING=steadies[0].size, TOGETHER=packing.together, ROUNDED=packing.own == "rounded",
+                **FUSED,
+            )  # fmt: skip
 
         with ExitStack() as stack:
             stack.enter_context(on_device(call.ids))

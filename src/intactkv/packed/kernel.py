@@ -27,7 +27,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from intactkv.packed.attention import FLOOR, Partial
-from intactkv.packed.launch import Kept, on_device, programs_at_once
+from intactkv.packed.launch import FUSED, Kept, on_device, programs_at_once
 from intactkv.packed.store import Packed
 
 ROWS = 8  # the least that a matrix product takes
@@ -63,8 +63,9 @@ def packed_attention_gpu(
         shares = sharing(query.contiguous(), len(key))
         out = Partial(*(query.new_empty((batch, head, rows, n), dtype=torch.float32) for n in (value.dim, 1, 1)))
         _merge[(rows, batch * head)](
-            shares, *out, rows, sharing.splits, DIM=value.dim, SPLITS=triton.next_power_of_2(sharing.splits)
-        )
+            shares, *out, rows, sharing.splits, DIM=value.dim, SPLITS=triton.next_power_of_2(sharing.splits),
+            **FUSED,
+        )  # fmt: skip
     return out
 
 
@@ -104,7 +105,7 @@ class Sharing:
             "BEGIN": 0 if begin is None else begin.ndim,
             "MASK": 0 if seen is None else 1 if seen.dtype == torch.bool else 2, "CAP": softcap is not None,
             "EXACT": exact, "UNIT": unit, "ASM": query.is_cuda and unit > 1, "CLOCK": clock is not None,
-            "num_warps": WARPS, "num_stages": STAGES,
+            "num_warps": WARPS, "num_stages": STAGES, **FUSED,
         }  # fmt: skip
         with on_device(query):
             places = programs_at_once(_attend, (query, torch.float32, most, *rest), settings)

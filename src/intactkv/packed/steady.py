@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from intactkv.error import IntactKVError
-from intactkv.packed.launch import Kept, on_device
+from intactkv.packed.launch import FUSED, Kept, on_device
 from intactkv.packed.packing import Packing
 from intactkv.packed.readable import Stored
 from intactkv.packed.rows import Rows
@@ -198,6 +198,7 @@ class Steady:
             ),
             DIM=dim, DIM_V=value.dim, SPLITS=_power(sharing.splits), RING=self.size, ROWS=self.rows is not None,
             SINKS=scores.sinks is not None, CAP=scores.softcap is not None, CLOCK=self.clock is not None, BLOCK=16,
+            **FUSED,
         )  # fmt: skip
         return sharing, finish, (batch, 1, heads, value.dim)
 
