@@ -38,7 +38,7 @@ class Environment:
 
 
 # llm-compressor 0.14 ends at transformers 5.17 and torch 2.14.0
-PINNED, NEWEST = "-c constraints.txt", "torch==2.14.1 transformers==5.24.0"
+PINNED, NEWEST = "-c constraints.txt", "torch==2.15.0 transformers==5.24.0"
 WITHOUT_QUANTIZERS = "doctor,gguf,judge,llama.cpp,distributed,tensorboard"
 ENVIRONMENTS = [
     Environment("3.10", "torch==2.11.0 transformers==5.15.0"),
