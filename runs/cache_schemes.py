@@ -22,6 +22,8 @@ from intactkv.texts import read_text
 
 SCHEMES: dict[str, dict[str, Any]] = {
     "per channel, the default": {},
+    "per channel, groups of 64": {"token_group": 64},
+    "per channel, groups of 128": {"token_group": 128},
     "per channel, rotated": {"hadamard": True},
     "per token": {"keys": "per_token"},
     "per token, groups of 32": {"keys": "per_token", "group_size": 32},
@@ -33,7 +35,8 @@ def main(
     model: Annotated[str, typer.Argument(help="The full-precision model's folder.")],
     text: Annotated[Path, typer.Argument(help="A UTF-8 text, or .jsonl.")],
     windows: Annotated[int, typer.Option(help="Windows to measure on.")] = 24,
-    window: Annotated[int, typer.Option(help="Tokens of a window.")] = 513,  # 512 are rounded, whole groups of 32
+    window: Annotated[int, typer.Option(help="Tokens of a window.")] = 513,  # 512 are rounded, whole groups
+    only: Annotated[str, typer.Option(help="Kinds of scales whose names begin so.")] = "",
     device: Annotated[str, typer.Option(help="Where the model runs.")] = "auto",
 ) -> None:
     """Print one Markdown table; bits a number are those of the packed layers, scales included."""
@@ -44,6 +47,8 @@ def main(
     with torch.inference_mode(), read_packed(full):
         for bits in (4, 3, 2):
             for name, settings in SCHEMES.items():
+                if not name.startswith(only):
+                    continue
                 packing = Packing(bits, keep=1, own="rounded", **settings)
                 found = []
                 for row in ids.split(1):
