@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# triton 3.9.0 still makes x * y + z one instruction with one rounding, and says that 3.10 will not; its interpreter never did.
+# triton 3.8.0 and 3.9.0 make x * y + z one instruction with one rounding; 3.9.0 says that 3.10 will not. Its interpreter never did.
 #
 # Guess before running: whether a compiler may fuse products and sums is no business of a kernel's author: the default
 # stays, nothing is said, and what Triton's interpreter computes on a processor is what the compiled kernel computes.
