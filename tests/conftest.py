@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections import defaultdict
+from collections.abc import Iterator
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -78,6 +79,33 @@ def pytest_runtest_makereport(item: Any) -> Any:
         told["version"] = sys.modules[package].__version__
     with open(out, "a", encoding="utf-8") as file:
         file.write(json.dumps(told) + "\n")
+
+
+@pytest.fixture(scope="module")
+def interpreter() -> Iterator[None]:
+    """Triton's interpreter in half of its time.
+
+    It puts its functions in the place of the language's for a launch, and in every call of a device function inside
+    looks through the whole language again for any that are left, and finds none: here it looks once a launch.
+    """
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    patch, launch, seen = interpreter._patch_lang, interpreter.GridExecutor.__call__, set[int]()
+
+    def once(function: Any) -> Any:
+        module = id(function.__globals__)
+        if module in seen:
+            return None
+        seen.add(module)
+        return patch(function)
+
+    def launched(self: Any, *args: Any, **settings: Any) -> None:
+        seen.clear()
+        launch(self, *args, **settings)
+
+    with pytest.MonkeyPatch.context() as each:
+        each.setattr(interpreter, "_patch_lang", once)
+        each.setattr(interpreter.GridExecutor, "__call__", launched)
+        yield
 
 
 @pytest.fixture
