@@ -38,6 +38,13 @@ def pair() -> tuple[PreTrainedModel, IntactKV]:
     return rounded(full), capture(full, PREFIX)
 
 
+@pytest.fixture(scope="module")
+def two_layers() -> tuple[PreTrainedModel, IntactKV]:
+    """As `pair`, for torch.compile, which takes a second for each layer."""
+    full = build(by_name("llama-gqa"), num_hidden_layers=2)
+    return rounded(full), capture(full, PREFIX)
+
+
 def want_rows(model: PreTrainedModel, kv: IntactKV, some: list[Tensor]) -> list[Tensor]:
     return [reference_logits(model, kv, row) for row in some]
 
@@ -510,8 +517,8 @@ def test_beams_and_several_sequences_equal_injection(pair: Any) -> None:
             assert torch.equal(got, want)
 
 
-def test_compiled_static_decoding_has_no_graph_break_and_the_same_graph(pair: Any) -> None:
-    model, kv = pair
+def test_compiled_static_decoding_has_no_graph_break_and_the_same_graph(two_layers: Any) -> None:
+    model, kv = two_layers
     ids, mask, positions = padded(rows(), "left")
     counts, results = [], []
     for attached in (True, False):
@@ -549,8 +556,8 @@ def test_compiled_static_decoding_has_no_graph_break_and_the_same_graph(pair: An
     assert differ(results[0], results[1]) > 100 * TOLERANCE
 
 
-def test_a_compiled_step_inside_the_prefix_replaces_too(pair: Any) -> None:
-    model, kv = pair
+def test_a_compiled_step_inside_the_prefix_replaces_too(two_layers: Any) -> None:
+    model, kv = two_layers
     row = prompts()[0]
     want = reference_logits(model, kv, row)
     torch._dynamo.reset()
@@ -561,8 +568,8 @@ def test_a_compiled_step_inside_the_prefix_replaces_too(pair: Any) -> None:
     assert differ(torch.cat(logits)[P:], want[: 8 - P]) <= TOLERANCE
 
 
-def test_a_compiled_model_with_prefill_equals_eager(pair: Any) -> None:
-    model, kv = pair
+def test_a_compiled_model_with_prefill_equals_eager(two_layers: Any) -> None:
+    model, kv = two_layers
     torch._dynamo.reset()
     with torch.no_grad(), attach(model, kv):
         eager = model(prompts()).logits
@@ -573,9 +580,9 @@ def test_a_compiled_model_with_prefill_equals_eager(pair: Any) -> None:
 
 @pytest.mark.parametrize("kept", ["all", "last", "some of the prefix"])
 @pytest.mark.parametrize("cache", ["none", "dynamic", "dynamic with layers", "static"])
-def test_a_compiled_prefill_is_one_graph_and_equals_eager(pair: Any, cache: str, kept: str) -> None:
+def test_a_compiled_prefill_is_one_graph_and_equals_eager(two_layers: Any, cache: str, kept: str) -> None:
     """Rows that all begin with the prefix, compiled once for all such prompts; intact tokens agree to the bit."""
-    model, kv = pair
+    model, kv = two_layers
     made: dict[str, Any] = {
         "none": lambda: None,
         "dynamic": DynamicCache,
@@ -599,8 +606,8 @@ def test_a_compiled_prefill_is_one_graph_and_equals_eager(pair: Any, cache: str,
     torch._dynamo.reset()
 
 
-def test_a_compiled_prefill_has_gradients(pair: Any) -> None:
-    model, kv = pair
+def test_a_compiled_prefill_has_gradients(two_layers: Any) -> None:
+    model, kv = two_layers
     gradients = []
     for compiled in (False, True):
         torch._dynamo.reset()
