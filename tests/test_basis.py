@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from functools import cache
 
 import pytest
 import torch
@@ -12,8 +13,8 @@ from test_laws import differ
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from intactkv import IntactKVError, capture
-from intactkv.basis.compare import align, basis, describe, embedding_change, show_noise
+from intactkv import IntactKV, IntactKVError, capture
+from intactkv.basis.compare import Shown, align, basis, describe, embedding_change, show_noise
 from intactkv.basis.relate import FLOOR, MIXED, nearest_rotation, relate, rescaled, slopes
 from intactkv.checkpoint.load import load_model
 from intactkv.demo import MODEL
@@ -175,17 +176,22 @@ LEVELS = ["float", "whole", "symmetric", "clipped"]
 @pytest.mark.parametrize("levels", LEVELS)
 @pytest.mark.parametrize("name", ["llama-mha", "llama-gqa", "qwen3", "gemma3", "phi3", "deepseek-v3"])
 def test_rounding_of_any_kind_is_no_change_of_basis(name: str, levels: str, bits: int) -> None:
+    full, kv, shown = built(name)
+    assert align(kv, basis(shown, rounded_as(full, bits, levels, 32 if name != "deepseek-v3" else 8))) is kv
+
+
+@cache
+def built(name: str) -> tuple[PreTrainedModel, IntactKV, Shown]:
+    """A full model, its intact KV and what it shows, for all ways of rounding it."""
     full = build(by_name(name))
-    kv = capture(full, PREFIX)
-    assert align(kv, basis(full, rounded_as(full, bits, levels, 32 if name != "deepseek-v3" else 8))) is kv
+    return full, capture(full, PREFIX), show_noise(full)
 
 
 @pytest.mark.parametrize("bits", [8, 4, 3, 2])
 @pytest.mark.parametrize("name", ["gpt2", "bloom"])
 def test_rounding_with_biases_is_no_change_of_basis(name: str, bits: int) -> None:
-    full = build(by_name(name))
-    kv = capture(full, PREFIX)
-    assert align(kv, basis(full, rounded(full, bits))) is kv
+    full, kv, shown = built(name)
+    assert align(kv, basis(shown, rounded(full, bits))) is kv
 
 
 @pytest.fixture(scope="module")
@@ -193,11 +199,18 @@ def trained() -> PreTrainedModel:
     return load_model(str(MODEL), dtype=torch.float32)
 
 
+@pytest.fixture(scope="module")
+def shown(trained: PreTrainedModel) -> Shown:
+    return show_noise(trained, windows=torch.arange(512).view(4, 128))
+
+
 @pytest.mark.parametrize("bits", [8, 4, 3, 2])
 @pytest.mark.parametrize("levels", LEVELS)
-def test_rounding_of_a_trained_model_is_no_change_of_basis(trained: PreTrainedModel, levels: str, bits: int) -> None:
+def test_rounding_of_a_trained_model_is_no_change_of_basis(
+    trained: PreTrainedModel, shown: Shown, levels: str, bits: int
+) -> None:
     # its rows have heavy tails and its activations a mean, from which all of the false refusals came
-    found = basis(trained, rounded_as(trained, bits, levels, 128), windows=torch.arange(512).view(4, 128))
+    found = basis(shown, rounded_as(trained, bits, levels, 128))
     assert {r.kind for r in found} == {"same"}
 
 
@@ -205,7 +218,7 @@ def test_rounding_of_a_trained_model_is_no_change_of_basis(trained: PreTrainedMo
 @pytest.mark.parametrize("bits", [4, 3, 2])
 @torch.no_grad()
 def test_a_mild_scale_is_found_in_every_layer_of_a_trained_model(
-    trained: PreTrainedModel, levels: str, bits: int
+    trained: PreTrainedModel, shown: Shown, levels: str, bits: int
 ) -> None:
     spread = {4: 0.08, 3: 0.12, 2: 0.3}[bits]  # of the logarithm of the scale; AWQ's are 0.08 to 0.25 here
     rewritten, scales = copy.deepcopy(trained), []
@@ -214,7 +227,7 @@ def test_a_mild_scale_is_found_in_every_layer_of_a_trained_model(
         layer.self_attn.v_proj.weight *= scale[:, None]  # o_proj does not matter here
         scales.append(scale.view(2, 64))
     served = rounded_as(rewritten, bits, levels, 128)
-    found = [r for r in basis(trained, served, windows=torch.arange(512).view(4, 128)) if r.part == "value"]
+    found = [r for r in basis(shown, served) if r.part == "value"]
     assert {r.kind for r in found} == {"scale"}
     for r in found:
         wrong = r.transform.diagonal() / scales[r.layer][r.head] - 1
