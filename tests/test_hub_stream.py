@@ -41,6 +41,7 @@ class Hub(BaseHTTPRequestHandler):
     """As much of the Hub as reading parts of files takes."""
 
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # or each small answer waits 40 ms for the client to acknowledge its head
 
     @property
     def hub(self) -> Site:
