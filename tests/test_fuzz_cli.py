@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -95,6 +97,14 @@ VERBS = [
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_patience() -> Iterator[None]:
+    """The Hub, which tests do not reach, is asked six times all the same, but not for 23 seconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("huggingface_hub.utils._http.time", SimpleNamespace(sleep=lambda seconds: None))
+        yield
 
 
 def files(folder: Path) -> dict[str, tuple[int, int]]:
