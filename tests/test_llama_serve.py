@@ -123,11 +123,12 @@ def children(process: subprocess.Popen[str]) -> list[int]:
     package="xllamacpp",
     architecture="llama",
     cache="f32",
-    how="serve: 200 mixed requests, a killed server",
+    how="serve: {count} mixed requests, a killed server",
 )
-def test_mixed_requests_and_a_killed_server(pair: Pair) -> None:
-    """200 requests, 8 at once, streamed or not; then the server is killed: errors, nothing wrong, all right again."""
-    asked = prompts(200)
+@pytest.mark.parametrize("count", [60, pytest.param(200, marks=pytest.mark.slow)])
+def test_mixed_requests_and_a_killed_server(pair: Pair, count: int) -> None:
+    """Requests, 8 at once, streamed or not; then the server is killed: errors, nothing wrong, all right again."""
+    asked = prompts(count)
     want = [pair.greedy(ids, 8) for ids in asked]
     intact = [i for i, ids in enumerate(asked) if ids[: len(IDS)] == IDS and len(ids) > len(IDS)][:30]
     plain = {i: pair.greedy(asked[i], 8, intact=False) for i in intact}
