@@ -690,34 +690,43 @@ def test_curves_without_tensorboard_end_with_the_remedy(monkeypatch: Any, tmp_pa
 # Several processes
 
 PAIR = """
-import sys, torch
+import os, socket, sys, torch
 sys.path.insert(0, {tests!r})
 from accelerate import PartialState
-state = PartialState(cpu=True)
-assert state.num_processes == 2 and state.backend == "gloo", (state.num_processes, state.backend)
 from pathlib import Path
 from test_calibrate import QUICK, BOTH, kernels, seen
 from models import by_name, make_pair
 from dataclasses import replace
 from intactkv.calibrating import calibrate
 torch.set_num_threads(1)
-full, model, kv = make_pair(by_name("llama-gqa"))
-state_file, config = Path({folder!r}, "state"), replace(QUICK, objective=BOTH)
-found = calibrate(kv, model, full, seen(), config=config, checkpoint=state_file)
-found.save(Path({folder!r}, f"kv{{state.process_index}}"))
-mended = calibrate(kv, kernels(model), full, seen(), config=replace(config, steps=2))
-assert mended.provenance["calibration"]["straight_through"] == {{"Kernel": 21}}  # in both, or they would part ways
-state.destroy_process_group()
+
+def process(rank, port):
+    os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    state = PartialState(cpu=True)
+    assert state.num_processes == 2 and state.backend == "gloo", (state.num_processes, state.backend)
+    full, model, kv = make_pair(by_name("llama-gqa"))
+    state_file, config = Path({folder!r}, "state"), replace(QUICK, objective=BOTH)
+    found = calibrate(kv, model, full, seen(), config=config, checkpoint=state_file)
+    found.save(Path({folder!r}, f"kv{{state.process_index}}"))
+    mended = calibrate(kv, kernels(model), full, seen(), config=replace(config, steps=2))
+    assert mended.provenance["calibration"]["straight_through"] == {{"Kernel": 21}}  # in both, or they would part ways
+    state.destroy_process_group()
+
+with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    port = str(free.getsockname()[1])
+# as torchrun starts them, but forked where everything is imported and nothing has run
+torch.multiprocessing.start_processes(process, (port,), 2, start_method="fork")
 """
 
 
 def test_two_processes_of_accelerate_give_what_one_gives(trio: Any, tmp_path: Path) -> None:
     script = tmp_path / "job.py"
     script.write_text(PAIR.format(tests=str(Path(__file__).parent), folder=str(tmp_path)))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", str(script)]
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
+        [sys.executable, str(script)], capture_output=True, text=True, timeout=200,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     full, model, kv = trio
     one = calibrate(kv, model, full, seen(), config=replace(QUICK, objective=BOTH))
