@@ -16,6 +16,14 @@ pytest.importorskip("llmcompressor")
 
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "docs/notebooks").glob("*.ipynb"))
 KILOBYTES = 300
+# The text is Python's own manual, of which a few windows do; it is cut before the first cell.
+SHORTER = """
+from pydoc_data import topics
+found = dict(sorted(topics.topics.items()))
+while sum(map(len, found.values())) > 16_000:
+    found.popitem()
+topics.topics = found
+"""
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -26,8 +34,9 @@ def test_it_runs_on_the_embedded_model(path: Path, tmp_path: Path, monkeypatch: 
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     book = nbformat.read(path, as_version=4)
     stored = [cell.outputs for cell in book.cells if cell.cell_type == "code"]
+    book.cells.insert(0, nbformat.v4.new_code_cell(SHORTER))
     nbclient.NotebookClient(book, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
-    made = [cell.outputs for cell in book.cells if cell.cell_type == "code"]
+    made = [cell.outputs for cell in book.cells[1:] if cell.cell_type == "code"]
     assert [kinds(outputs) for outputs in made] == [kinds(outputs) for outputs in stored]
 
 
