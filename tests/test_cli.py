@@ -149,14 +149,15 @@ def test_capture_eval_and_generate_on_paths(demo: tuple[Path, str], tmp_path: Pa
 
 
 def test_capture_finds_its_own_prefix_and_the_doctor_takes_a_checkpoint(demo: tuple[Path, str], tmp_path: Path) -> None:
-    kv, html = tmp_path / "auto.safetensors", tmp_path / "doctor.html"
-    done = intactkv("capture", MODEL, "-o", kv, "--prefix", "auto")
+    kv, html, text = tmp_path / "auto.safetensors", tmp_path / "doctor.html", tmp_path / "text"
+    text.write_text(TEXT.read_text(encoding="utf-8")[:6000], encoding="utf-8")
+    done = intactkv("capture", MODEL, "-o", kv, "--prefix", "auto", "--data", text)
     assert done.returncode == 0, done.stderr
     assert IntactKV.load(kv).ids.tolist() == [load_tokenizer(MODEL).bos_token_id]
     done = intactkv("capture", MODEL, "-o", kv, "--data", TEXT)
     assert done.returncode == 1
     assert "goes with --prefix auto" in " ".join(done.stderr.split())
-    done = intactkv("doctor", MODEL, "--quantized", demo[0] / "w3", "--data", TEXT, "--window", "64", "-o", html)
+    done = intactkv("doctor", MODEL, "--quantized", demo[0] / "w3", "--data", text, "--window", "64", "-o", html)
     assert done.returncode == 0, done.stderr
     assert json.loads(html.with_suffix(".json").read_text())["verdicts"] == {"quantized": "worth it"}
     assert "quantized: worth it" in html.read_text()

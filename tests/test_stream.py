@@ -20,7 +20,7 @@ from intactkv.checkpoint.load import load_model
 from intactkv.checkpoint.shards import Folder
 from intactkv.checkpoint.stream import load_streamed, streamed
 from intactkv.decoder import blocks
-from intactkv.demo import MODEL
+from intactkv.demo import MODEL, TEXT
 
 
 @pytest.fixture
@@ -431,9 +431,10 @@ def test_on_the_command_line(tmp_path: Path) -> None:
 
 
 def test_a_prefix_is_found_in_a_streamed_model(tmp_path: Path) -> None:
-    told = []
+    told, text = [], tmp_path / "text"
+    text.write_text(TEXT.read_text(encoding="utf-8")[:4000], encoding="utf-8")
     for way in ("--stream", "--no-stream"):
-        done = intactkv("capture", MODEL, "-o", tmp_path / way, way, "--prefix", "auto")
+        done = intactkv("capture", MODEL, "-o", tmp_path / way, way, "--prefix", "auto", "--data", text)
         assert done.returncode == 0, done.stderr
         told.append(IntactKV.load(tmp_path / way))
     assert told[0].ids.tolist() == told[1].ids.tolist() == [0]

@@ -91,7 +91,7 @@ def calls(model: PreTrainedModel, kv: IntactKV | None) -> dict[str, Tensor]:
         if name == "static" and model.config.model_type == "llama4_text":
             continue  # transformers 5.17 itself fails
         out = model.generate(
-            together, attention_mask=mask, max_new_tokens=6, do_sample=False, output_logits=True,
+            together, attention_mask=mask, max_new_tokens=3, do_sample=False, output_logits=True,
             return_dict_in_generate=True, disable_compile=True, **more,
         )  # fmt: skip
         found[name] = torch.stack(out.logits, 1)
