@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any, get_args
@@ -37,6 +38,14 @@ pytest.importorskip("matplotlib")
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 WIDTH, HEIGHT = 1000, 4000
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fewer_windows() -> Iterator[None]:
+    """Ten windows of 24 already tell worth it from no effect, and take half of an examination's time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys.modules[Examination.__module__], "MOST_WINDOWS", 10)
+        yield
 
 
 def random_tokens(count: int = 1700) -> list[int]:
