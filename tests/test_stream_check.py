@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from test_cli import intactkv
 from transformers import PreTrainedModel
 
 from intactkv import IntactKVError, capture
-from intactkv.basis.compare import Relation, basis, embedding_change, show_noise
+from intactkv.basis.compare import Relation, Shown, basis, embedding_change, show_noise
 from intactkv.checkpoint import store
 from intactkv.checkpoint.load import load_compared, load_model
 from intactkv.checkpoint.shards import Folder
@@ -48,11 +49,18 @@ def figures(relations: list[Relation]) -> list[tuple[object, ...]]:
     ]
 
 
+@cache
+def shown(full: Path, dtype: torch.dtype) -> tuple[Shown, Shown]:
+    """What the full model shows, in memory and streamed."""
+    return show_noise(load_model(full, dtype=dtype)), show_noise(load_streamed(full, dtype=dtype))
+
+
 def same_twice(full: Path, changed: Path, dtype: torch.dtype) -> PreTrainedModel:
     """The streamed model, whose relations to the streamed full one were those of two in memory."""
-    live = basis(show_noise(load_model(full, dtype=dtype)), load_model(changed, dtype=dtype))
+    loaded, read = shown(full, dtype)
+    live = basis(loaded, load_model(changed, dtype=dtype))
     model = load_streamed(changed, dtype=dtype, quantized=True)
-    assert figures(basis(show_noise(load_streamed(full, dtype=dtype)), model)) == figures(live)
+    assert figures(basis(read, model)) == figures(live)
     assert any(r.residual > 0 for r in live)
     return model
 
