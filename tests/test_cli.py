@@ -289,7 +289,7 @@ def test_quantize_writes_a_checkpoint_with_the_kv_that_fits_it(method: str, tmp_
 
 def test_quantize_calibrates_on_a_text_and_keeps_another_prefix(tmp_path: Path) -> None:
     text = tmp_path / "text"
-    text.write_text(TEXT.read_text(encoding="utf-8")[:8000], encoding="utf-8")
+    text.write_text(TEXT.read_text(encoding="utf-8")[:3000], encoding="utf-8")
     done = intactkv(
         "quantize", MODEL, "-o", tmp_path / "q", "--method", "gptq", "--data", text, "--prefix", "The history of",
         "--group-size", "0",
