@@ -59,7 +59,7 @@ AXES: Axes = {
     "prefix": (1, 34, 512) if CUDA else (1, 8),
     "layers": (8, 16, 32) if CUDA else (2, 3),
 }
-CPU_AXES: Axes = {"context": (256, 1024, 4096), "batch": (1, 4, 16), "prefix": (1, 34, 128), "layers": (4, 8, 16)}
+CPU_AXES: Axes = {"context": (1024, 4096, 16384), "batch": (1, 8, 32), "prefix": (1, 34, 512), "layers": (4, 8, 16, 32)}
 STAGES = {"forwards": "forward", "metrics": "token_metrics", "the full model's": "full_metrics",
           "to the CPU": "at_labels", "block errors": "_block_squares", "attaching": "attach"}  # fmt: skip
 
@@ -261,7 +261,7 @@ def growth_figures(build: Callable[[int], PreTrainedModel], axes: Axes) -> dict[
 def smol(layers: int) -> PreTrainedModel:
     """So many layers of SmolLM2's shape in float32, for a CPU."""
     torch.manual_seed(0)
-    config = LlamaConfig(**{**SMOL, "num_hidden_layers": layers, "vocab_size": 8192}, max_position_embeddings=8192)
+    config = LlamaConfig(**{**SMOL, "num_hidden_layers": layers, "vocab_size": 8192}, max_position_embeddings=32768)
     return AutoModelForCausalLM.from_config(config).eval()
 
 
@@ -287,14 +287,14 @@ def attach_work(model: PreTrainedModel, at: dict[str, int]) -> dict[str, float]:
 
 
 def packed_work(model: PreTrainedModel, at: dict[str, int]) -> dict[str, float]:
-    """Seconds of a decoding step: DynamicCache, and packed caches that keep the prefix, eager and from a graph."""
+    """Seconds of a decoding step: DynamicCache, and packed caches that keep the prefix, also from a graph or compiled."""
     packing = Packing(bits=4, keep=at["prefix"])
     ways: dict[str, Callable[[], float]] = {}
-    reading = {"packed": copied(model), **({"packed, CUDA graph": copied(model)} if CUDA else {})}
+    reading = {name: copied(model) for name in ("packed", "packed, CUDA graph" if CUDA else "packed, compiled")}
     caches: dict[str, Any] = {"DynamicCache": DynamicCache(config=model.config)}
     caches |= {name: PackedCache(model.config, packing) for name in reading}
     shape = (at["batch"], model.config.num_key_value_heads, at["context"], model.config.head_dim)
-    handles = [read_packed(one, graphs="graph" in name) for name, one in reading.items()]
+    handles = [read_packed(one, graphs="graph" in name, compile="compiled" in name) for name, one in reading.items()]
     for name, cache in caches.items():
         if name.startswith("packed"):
             cache.rows.set_padding(torch.ones(at["batch"], at["context"], dtype=torch.bool, device=DEVICE), 0)
