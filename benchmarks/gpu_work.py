@@ -287,7 +287,7 @@ def attach_work(model: PreTrainedModel, at: dict[str, int]) -> dict[str, float]:
 
 
 def packed_work(model: PreTrainedModel, at: dict[str, int]) -> dict[str, float]:
-    """Seconds of a decoding step: DynamicCache, and packed caches that keep the prefix, also from a graph or compiled."""
+    """Seconds of a decoding step: DynamicCache, packed caches that keep the prefix, also from a graph or compiled."""
     packing = Packing(bits=4, keep=at["prefix"])
     ways: dict[str, Callable[[], float]] = {}
     reading = {name: copied(model) for name in ("packed", "packed, CUDA graph" if CUDA else "packed, compiled")}

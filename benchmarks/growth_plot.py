@@ -1,5 +1,7 @@
 """Tables and plots of how costs grow, from what `gpu_work.py --only growth` wrote; it needs matplotlib and no GPU.
 
+Milliseconds of a GPU; what a CPU took is given as multiples of the smallest size's first way.
+
 python benchmarks/growth_plot.py DIR/gpu_work.json docs/results    # growth-attach.svg …, and Markdown on the screen
 """
 
@@ -20,11 +22,20 @@ def main() -> None:
     options.add_argument("figures", type=Path, help="gpu_work.json")
     options.add_argument("folder", type=Path, help="where the SVG files go")
     asked = options.parse_args()
-    rows = json.loads(asked.figures.read_text())["growth"]["rows"]
+    found = json.loads(asked.figures.read_text())
+    rows = found["growth"]["rows"]
     for work in dict.fromkeys(row["work"] for row in rows):
-        own = [row for row in rows if row["work"] == work]
-        print("\n".join(table(work, own)))
-        plot(work, own, asked.folder / f"growth-{work.replace(' ', '-')}.svg")
+        own, unit = [row for row in rows if row["work"] == work], "ms"
+        if found["where"]["card"].startswith("no GPU"):
+            smallest = min(own, key=lambda row: [row[name] for name in AXES])
+            own, unit = multiples(own, next(iter(smallest["ms"].values()))), "times"
+        print("\n".join(table(work, own, unit)))
+        plot(work, own, unit, asked.folder / f"growth-{work.replace(' ', '-')}.svg")
+
+
+def multiples(rows: list[dict[str, Any]], one: float) -> list[dict[str, Any]]:
+    """The rows in units of `one`, which is in milliseconds."""
+    return [{**row, "ms": {way: round(ms / one, 2) for way, ms in row["ms"].items()}} for row in rows]
 
 
 def along(rows: list[dict[str, Any]], axis: str) -> list[dict[str, Any]]:
@@ -35,10 +46,10 @@ def along(rows: list[dict[str, Any]], axis: str) -> list[dict[str, Any]]:
     return [found[value] for value in sorted(found)]
 
 
-def table(work: str, rows: list[dict[str, Any]]) -> list[str]:
-    """Milliseconds by each way, one line a size."""
+def table(work: str, rows: list[dict[str, Any]], unit: str) -> list[str]:
+    """What each way took, one line a size."""
     ways = list(rows[0]["ms"])
-    head = [*AXES, *(f"{way}, ms" for way in ways)]
+    head = [*AXES, *(f"{way}, {unit}" for way in ways)]
     lines = ["", f"### {work}", "", f"| {' | '.join(head)} |", "|---:" * len(head) + "|"]
     seen = {tuple(row[name] for name in AXES): row for axis in AXES for row in along(rows, axis)}
     for at, row in seen.items():
@@ -46,7 +57,7 @@ def table(work: str, rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def plot(work: str, rows: list[dict[str, Any]], path: Path) -> None:
+def plot(work: str, rows: list[dict[str, Any]], unit: str, path: Path) -> None:
     """One panel for each axis along which the work was measured, both scales logarithmic."""
     import matplotlib
 
@@ -65,7 +76,7 @@ def plot(work: str, rows: list[dict[str, Any]], path: Path) -> None:
         panel.set_xticks([row[axis] for row in each], [str(row[axis]) for row in each])
         panel.set_xlabel(axis)
         panel.grid(alpha=0.3)
-    panels[0][0].set_ylabel(f"{work}: ms")
+    panels[0][0].set_ylabel(f"{work}: {unit}")
     panels[0][0].legend(frameon=False, fontsize=8)
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})

@@ -137,6 +137,20 @@ def test_a_ring_holds_bit_for_bit_what_pytorch_packs(
     assert torch.equal(contents(ring)[0], contents(plain)[0])  # the first layer's do not
 
 
+@pytest.mark.parametrize("pad", [0, 3])
+def test_a_group_packed_by_a_step_leaves_kept_tokens_out_of_its_scales(
+    shallow: PreTrainedModel, pad: int, on_gpu: Callable[[bool], None]
+) -> None:
+    packing, held = PACKINGS["per-channel, 4 bits, kept"], []
+    with read_packed(shallow):
+        for way in (False, True):
+            on_gpu(way)
+            held.append(contents(decode(shallow, packing, prompt=packing.together - 2, pad=pad)[1]))
+    for ring, plain in zip(*reversed(held), strict=True):
+        torch.testing.assert_close(ring, plain, atol=1e-3, rtol=1e-3)
+    assert torch.equal(held[0][0], held[1][0])
+
+
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("keys", ["per_token", "per_channel"])
 @pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")  # numpy's, of the interpreter
