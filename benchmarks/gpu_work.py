@@ -46,9 +46,8 @@ WINDOWS, WINDOW = (150, 512) if CUDA else (4, 32)
 STEPS, SAMPLES = (4, 16) if CUDA else (1, 4)
 WAYS: dict[str, dict[str, Any]] = {  # of one calibration step
     "one sample in a forward": {"micro_batch": 1},
-    "as many as fit": {},
-    "4 samples": {"micro_batch": 4, "activation_bytes": 2**36},
-    "all samples": {"micro_batch": SAMPLES, "activation_bytes": 2**36},
+    "as many as fit into 2 GiB": {"activation_bytes": 2 * 2**30},
+    "as many as fit into half of the card": {},
     "all samples, blocks computed twice": {"micro_batch": SAMPLES, "checkpoint_blocks": True},
 }
 # How costs grow: one of these varies, the others are as in the first of each
@@ -72,6 +71,8 @@ def main() -> None:
     options.add_argument("--model", type=Path, help="a checkpoint in place of a random model of SmolLM2's shape")
     options.add_argument("--cpu", action="store_true", help="growth of layers of SmolLM2's shape on a CPU, no toy")
     asked = options.parse_args()
+    if asked.cpu and CUDA:
+        options.error("--cpu times a machine without a GPU; hide this one's by CUDA_VISIBLE_DEVICES=")
     asked.out.mkdir(parents=True, exist_ok=True)
     figures: dict[str, Any] = {"where": where()}
     pieces: dict[str, Callable[[], Any]] = {

@@ -15,13 +15,13 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 pytest.importorskip("triton")
 
+from test_packed_kernel import packed
 from triton.runtime import interpreter
 
 from intactkv import IntactKVError, PackedCache, Packing, read_packed
 from intactkv.packed import cache as cache_module
 from intactkv.packed import graphs, kernel, reads
 from intactkv.packed import steady as steady_module
-from intactkv.packed.store import Run, TokenStore
 
 pytestmark = pytest.mark.usefixtures("interpreter")
 
@@ -328,15 +328,9 @@ def test_every_launch_says_whether_products_and_sums_are_one(
     on_gpu(True)
     with read_packed(shallow, graphs=True):
         decode(shallow, PACKINGS["per-token"], steps=2)
-    key, value = (packed(torch.randn(1, 1, 16, 64)) for _ in range(2))
+    key, value = (packed(torch.randn(1, 1, 16, 64), 4) for _ in range(2))
     kernel.packed_attention_gpu(torch.randn(1, 1, 2, 64), key, value)
     assert said == {"store": False, "_attend": True, "finish": True, "tick": True, "_merge": True}
-
-
-def packed(x: torch.Tensor) -> Any:
-    store = TokenStore(x, bits=4, group_size=None, tokens=0)
-    store.append(x, None)
-    return store.view(Run(0, 0, x.shape[2]))
 
 
 def test_graphs_need_a_gpu(model: PreTrainedModel) -> None:

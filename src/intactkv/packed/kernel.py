@@ -91,6 +91,7 @@ class Sharing:
         clock: Int[Tensor, "3"] | None = None,
     ) -> None:
         batch, head, rows, dim = query.shape
+        block = _block(key)
         seen = None if mask is None else mask.expand(batch, head, rows, most)
         unit = 1 if exact else UNIT
         rest = (
@@ -101,7 +102,7 @@ class Sharing:
         )  # fmt: skip
         settings = {
             "DIM": dim, "DIM_V": value.dim, "BITS": key.bits, "BITS_V": value.bits, "TOKEN_GROUP": key.token_group,
-            "BLOCK": _block(key), "ROWS": max(ROWS, triton.next_power_of_2(rows)),
+            "BLOCK": block, "ROWS": max(ROWS, triton.next_power_of_2(rows)),
             "BEGIN": 0 if begin is None else begin.ndim,
             "MASK": 0 if seen is None else 1 if seen.dtype == torch.bool else 2, "CAP": softcap is not None,
             "EXACT": exact, "UNIT": unit, "ASM": query.is_cuda and unit > 1, "CLOCK": clock is not None,
@@ -109,7 +110,7 @@ class Sharing:
         }  # fmt: skip
         with on_device(query):
             places = programs_at_once(_attend, (query, torch.float32, most, *rest), settings)
-        self.splits = _splits(batch * head, triton.cdiv(most, _block(key)), places)
+        self.splits = _splits(batch * head, triton.cdiv(most, block), places)
         self._numbers = batch * head * self.splits * rows * (value.dim + 2)
         self._launch = Kept(_attend, (self.splits, batch * head), rest, **settings)
 
@@ -128,9 +129,9 @@ def _block(key: Packed) -> int:
     return block
 
 
-def _splits(rows: int, blocks: int, places: int) -> int:
-    """Into how many shares `blocks` go: all `rows` of them find a place at once, as one that waits is waited for."""
-    wanted = max(1, min(blocks, places // rows, max(AT_ONCE, blocks // LEAST), 256))
+def _splits(heads: int, blocks: int, places: int) -> int:
+    """Shares that each of `heads` puts its `blocks` into: all find a place at once, as one that waits is waited for."""
+    wanted = max(1, min(blocks, places // heads, max(AT_ONCE, blocks // LEAST), 256))
     return triton.cdiv(blocks, triton.cdiv(blocks, wanted))
 
 

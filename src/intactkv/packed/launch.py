@@ -16,9 +16,8 @@ from torch import Tensor
 
 SCHEDULERS = 4  # of a multiprocessor
 RESERVED = 1024  # bytes of shared memory that each program takes beside its own
-FUSED = {
-    "enable_fp_fusion": True
-}  # products and sums in one: Triton's default up to 3.9, which warns that 3.10 has none
+# products and sums in one: Triton's default up to 3.9, which warns that 3.10 will make them two
+FUSED = {"enable_fp_fusion": True}
 ALIGNED = 16  # bytes: what the compiler takes for granted of an address once it has seen it
 
 
