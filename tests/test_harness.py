@@ -17,6 +17,7 @@ pytest.importorskip("lm_eval")
 from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import CachingLM
+from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -83,6 +84,45 @@ def test_a_models_own_intact_prefix_changes_no_likelihood(
             scores = full(torch.tensor([whole])).logits[0].log_softmax(-1)
         by_hand.append(float(sum(scores[t - 1, whole[t]] for t in range(start, len(whole)))))
     torch.testing.assert_close(plain, by_hand, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("attached", [True, False])
+@pytest.mark.parametrize("batch_size", [1, 3, 16])
+def test_logits_that_nobody_asks_for_are_left_out(
+    full: Any, tokenizer: Any, batch_size: int, attached: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where a row ends with the token 0, which HFLM pads with, and where one row is split at two places."""
+    (start,) = prefix = bos(tokenizer)
+    pieces = [
+        ([start, 7, 9, 11], [13, 0, 0, 0]), ([start, 7, 9, 11, 13], [0, 0, 5]), ([start, 7, 9], [11, 13]),
+        ([start, 7, 9], [11, 14]), ([start, 7, 9, 11], [13]), ([start, *range(20, 60)], [8]), ([start], [8, 9]),
+    ]  # fmt: skip
+    requests = [((str(i), ""), *piece) for i, piece in enumerate(pieces)]
+    kv = other(capture(full, prefix))
+    lm = make(full, tokenizer, kv, attached=attached, batch_size=batch_size)
+    shapes: list[tuple[int, int]] = []
+
+    def counted(lm: Any, inps: Any, *masks: Any) -> Any:
+        out = ours(lm, inps, *masks)
+        shapes.append((out.shape[1], inps.shape[1]))
+        return out
+
+    ours = IntactLM._model_call
+    monkeypatch.setattr(IntactLM, "_model_call", counted)
+    found = lm._loglikelihood_tokens(requests, disable_tqdm=True)
+    monkeypatch.setattr(IntactLM, "_model_call", HFLM._model_call)
+    whole = lm._loglikelihood_tokens(requests, disable_tqdm=True)
+    monkeypatch.setattr(IntactLM, "_model_call", ours)
+    asked = lm._model_call(torch.tensor([[start, 5, 7]]))  # no request of lm-eval's
+    if lm.attachment:
+        lm.attachment.remove()
+    assert [value for value, _ in found] == pytest.approx([value for value, _ in whole], abs=1e-4)
+    assert [greedy for _, greedy in found] == [greedy for _, greedy in whole]
+    assert asked.shape[1] == 3
+    if batch_size == 1:
+        assert shapes == [(1, 41), (4, 7), (2, 4), (2, 2)]  # HFLM makes one of rows that are the same
+    if batch_size == 3:
+        assert shapes == [(39, 41), (2, 2)]
 
 
 def test_another_intact_prefix_is_read(full: Any, tokenizer: Any) -> None:

@@ -89,6 +89,7 @@ class IntactLM(HFLM):
         artifact = IntactKV.from_pretrained(kv) if isinstance(kv, str | Path) else kv
         self.prefix: list[int] = bos(tokenizer) if artifact is None else artifact.ids.tolist()
         self._bos = tokenizer.bos_token_id
+        self._asked: dict[int, int] = {}  # the first position whose logits are asked for, by row of a batch
         super().__init__(pretrained=model, tokenizer=tokenizer, **options)
         check_positions(model.config, self.max_length, "max_length")
         if len(self.prefix) >= self.max_length:
@@ -200,7 +201,27 @@ class IntactLM(HFLM):
                     f"within max_length={self.max_length}; raise max_length if the model allows it"
                 )
             fitted.append((text, self._cut(context, room), continuation))
-        return super()._loglikelihood_tokens(fitted, disable_tqdm=disable_tqdm, override_bs=override_bs)
+        self._asked = {}
+        for _, context, continuation in fitted:
+            row, first = _unpadded([*context, *continuation[:-1]]), len(context) - 1
+            self._asked[row] = min(first, self._asked.get(row, first))
+        try:
+            return super()._loglikelihood_tokens(fitted, disable_tqdm=disable_tqdm, override_bs=override_bs)
+        finally:
+            self._asked = {}
+
+    def _model_call(self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
+        """Logits from the first position that is asked for on, [B, K, V]: HFLM counts rows from the end.
+
+        All positions' are most of the time and memory of a small model with many tokens. They are all there where HFLM
+        tries batch sizes and where the model takes no `logits_to_keep`.
+        """
+        first = min(self._asked.get(_unpadded(row), 0) for row in inps.tolist())
+        if first == 0 or "logits_to_keep" not in inspect.signature(self.model.forward).parameters:
+            return super()._model_call(inps, attn_mask, labels)
+        dtype = self.mixed_precision_dtype
+        with torch.no_grad(), torch.autocast(self.device.type, dtype, enabled=dtype is not None):
+            return self.model(inps, logits_to_keep=inps.shape[1] - first).logits
 
     def _prefixed(self, ids: list[int]) -> list[int]:
         if ids[: len(self.prefix)] == self.prefix:
@@ -223,6 +244,14 @@ class IntactLM(HFLM):
                 "max_length"
             )
         return [*self.prefix, *ids[len(ids) - (length - len(self.prefix)) :]]
+
+
+def _unpadded(row: list[int]) -> int:
+    """A row of tokens as one number, the same whatever HFLM pads it to (with 0, on the right)."""
+    size = len(row)
+    while size and row[size - 1] == 0:
+        size -= 1
+    return hash(tuple(row[:size]))
 
 
 def _check_options(options: Mapping[str, Any]) -> None:
