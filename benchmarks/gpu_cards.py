@@ -1,9 +1,9 @@
-"""Two cards against one: a shared evaluation and a shared calibration step, as `torchrun … intactkv` makes them.
+"""Several cards against one: a shared evaluation and a shared calibration step, as `torchrun … intactkv` makes them.
 
-    python benchmarks/gpu_cards.py --out DIR        # starts torchrun with one process and with two
+    python benchmarks/gpu_cards.py --out DIR        # starts torchrun with one process, with two, and with four
 
 Every process builds the same random models and takes its share, through NCCL. Loading is not counted. On a machine
-without GPUs two processes on the CPU do the same at toy size.
+without GPUs two processes on the CPU do the same at toy size; more processes than GPUs are left out.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from intactkv.evaluating import Arm, evaluate, prefixed_windows
 from intactkv.processes import is_main, join, wait
 
 CUDA = torch.cuda.is_available()
-TARGETS = {"eval": 1.8, "calibrate": 1.7}
+TARGETS = {"eval": 1.8, "calibrate": 1.7}  # of two cards
 # SmolLM2-135M's shape, and four layers of Llama-3-8B's: a model that the host is waited for, and one that the card is
 SHAPES: dict[str, dict[str, int]] = {
     "135M": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "vocab_size": 49152,
@@ -45,7 +45,7 @@ WINDOWS, WINDOW, SAMPLES, STEPS = (160, 512, 16, 4) if CUDA else (8, 24, 4, 1)
 
 
 def main() -> None:
-    """Run one process and two, and print ratios."""
+    """Run one process, two and four, and print ratios."""
     options = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     options.add_argument("--out", type=Path, default=Path("gpu"), help="the folder for gpu_cards.json")
     asked = options.parse_args()
@@ -54,7 +54,8 @@ def main() -> None:
         process()
         return
     figures: dict[str, Any] = {}
-    for count in (1, 2):
+    counts = [count for count in (1, 2, 4) if count <= (torch.cuda.device_count() if CUDA else 2)]
+    for count in counts:
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
         done = subprocess.run([*torchrun, __file__], capture_output=True, text=True)
         if done.returncode:
@@ -63,8 +64,8 @@ def main() -> None:
         print(count, figures[str(count)], flush=True)
     for shape, works in figures["1"].items():
         for work, seconds in works.items():
-            ratio = seconds / figures["2"][shape][work]
-            print(f"{shape}, {work}: {ratio:.2f} times one card, target {TARGETS[work]}")
+            ratios = ", ".join(f"{count}: {seconds / figures[str(count)][shape][work]:.2f}" for count in counts[1:])
+            print(f"{shape}, {work}, times one card by cards: {ratios}; target of two {TARGETS[work]}")
     (asked.out / "gpu_cards.json").write_text(json.dumps(figures, indent=1))
 
 

@@ -10,7 +10,7 @@
 # PREFIX   what stays intact beside [B]: chat (what the chat template begins with), a text, or nothing
 # WINDOW   2048, at most what the model can; WINDOWS the most of a text (all); TOKENS the most tokens of an answer (1024); LIMIT items of a task (all)
 # STEPS    of calibration (160), LENGTH of its samples (512); CACHE the folder for the full model's distributions (OUT/cache; nothing: none is kept)
-# DEVICE   cpu or cuda                 BATCH lm-eval's (8)             JOBS commands at once (1)
+# DEVICE   cpu or cuda                 BATCH lm-eval's (8)             JOBS commands at once (1)    GPUS 0 1: they take turns on these
 # A command that fails is named in the tables, and what hangs on it is left out; the others go on, and the script ends with 1.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
@@ -19,7 +19,7 @@ MODEL=${MODEL:-$embedded} DATA=${DATA:?give DATA, a folder with eval/ and calib/
 STAGES=${STAGES:-quantize capture calibrate evaluate effect tasks mtbench cache doctor}
 METHODS=${METHODS:-rtn gptq awq autoround} BITS=${BITS:-3 4} AWARE=${AWARE-gptq autoround} GROUP=${GROUP:-128} PREFIX=${PREFIX-chat}
 WINDOW=${WINDOW:-2048} TOKENS=${TOKENS:-1024} LIMIT=${LIMIT:-} WINDOWS=${WINDOWS:-} STEPS=${STEPS:-160} LENGTH=${LENGTH:-512}
-DEVICE=${DEVICE:-cpu} BATCH=${BATCH:-8} JOBS=${JOBS:-1} CACHE=${CACHE-$OUT/cache}
+DEVICE=${DEVICE:-cpu} BATCH=${BATCH:-8} JOBS=${JOBS:-1} GPUS=${GPUS:-} turn=0 CACHE=${CACHE-$OUT/cache}
 export TOKENIZERS_PARALLELISM=false HF_DATASETS_DISABLE_PROGRESS_BARS=1
 wiki=$DATA/eval/wikitext2_test_raw.txt c4=$DATA/eval/c4_sample_500.jsonl questions=$DATA/eval/mt_bench_question.jsonl
 learn=$DATA/calib/wikitext2_valid_tokenised.txt chats=$DATA/calib/dolly_instructions_1000.jsonl
@@ -31,7 +31,13 @@ rm -f "$logs"/*.failed
 once() {
     test -e "$logs/$1.done" && return
     while [ "$(jobs -rp | wc -l)" -ge "$JOBS" ]; do wait -n || true; done
-    step "$@" &
+    local gpus=($GPUS)
+    if [ ${#gpus[@]} -eq 0 ]; then
+        step "$@" &
+    else
+        CUDA_VISIBLE_DEVICES=${gpus[turn % ${#gpus[@]}]} step "$@" &
+        turn=$((turn + 1))
+    fi
 }
 step() {
     local name=$1 began=$SECONDS; shift
