@@ -31,12 +31,13 @@ class Size:
     new_tokens: int  # decoded by one `generate`
     steps: int  # decoded by the model that is nearly free
     windows_tokens: int  # in all windows together
+    choices: int  # items of a multiple-choice task
     hidden: int  # of the random Llama
     layers: int
 
 
-FULL = Size(2, 7, 10.0, 256, 32, 300, 4096, 768, 12)
-QUICK = Size(1, 2, 0.0, 48, 4, 8, 512, 48, 2)
+FULL = Size(2, 7, 10.0, 256, 32, 300, 4096, 16, 768, 12)
+QUICK = Size(1, 2, 0.0, 48, 4, 8, 512, 2, 48, 2)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

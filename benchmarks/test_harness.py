@@ -1,10 +1,12 @@
-"""One three-arm pass over the full model, own and intact, against three lm-eval perplexity runs on the same tokens."""
+"""Against lm-eval: a three-arm pass against three perplexity runs, and `IntactLM` against `hf` on multiple choice."""
 
 from __future__ import annotations
 
 import copy
+import json
 import os
 from collections.abc import Callable
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -26,6 +28,7 @@ from intactkv.texts import read_text
 
 TARGET = 1.5
 BATCH = 8
+CHOICES = "lm-eval's choices by IntactLM: speed ÷ its own hf model's"
 TITLE = "Three-arm KL in one pass, against three lm-eval perplexity runs (batch 8)"
 
 
@@ -58,3 +61,33 @@ def test_three_arms_against_lm_eval(benchmark: Any, report: Callable[..., None],
     }
     met = "yes" if float(cells["median"]) >= TARGET else "no"
     report(TITLE, window=window, windows=count, **tokens_per_s, **cells, target=f"≥ {TARGET}", met=met)
+
+
+@pytest.mark.parametrize("batch_size", [8, 32])
+def test_choices_against_lm_eval(benchmark: Any, report: Callable[..., None], batch_size: int, size: Any) -> None:
+    """Log-likelihoods of answers; INTACTKV_ITEMS is a file of {query, choices}, INTACTKV_MODEL another model."""
+    folder = os.environ.get("INTACTKV_MODEL", MODEL)
+    model, tokenizer = load_model(folder, dtype=torch.float32), load_tokenizer(folder)
+    request = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(choices(size.choices))]
+    lms = {
+        "hf": HFLM(pretrained=model, tokenizer=tokenizer, device="cpu", batch_size=batch_size, add_bos_token=True),
+        "ours": IntactLM(model, tokenizer=tokenizer, batch_size=batch_size),
+    }
+    found = {name: lm.loglikelihood(request, disable_tqdm=True) for name, lm in lms.items()}
+    assert [greedy for _, greedy in found["ours"]] == [greedy for _, greedy in found["hf"]]
+    off = max(abs(a - b) for (a, _), (b, _) in zip(found["ours"], found["hf"], strict=True))
+    assert off < 1e-3
+    ways = {name: (lambda lm=lm: lm.loglikelihood(request, disable_tqdm=True)) for name, lm in lms.items()}
+    seconds = interleaved(benchmark, ways, rounds=size.rounds, for_seconds=size.seconds)
+    cells = spread(speed_ratios(seconds["ours"], seconds["hf"]), digits=2)
+    report(CHOICES, model=Path(folder).parent.name, requests=len(request), batch=batch_size, **cells, off=f"{off:.0e}")
+
+
+def choices(count: int) -> list[tuple[str, str]]:
+    """So many items' questions, each with each of its answers: of a file, or lines of the embedded text."""
+    if path := os.environ.get("INTACTKV_ITEMS"):
+        with open(path, encoding="utf-8") as lines:
+            items = [json.loads(line) for line, _ in zip(lines, range(count), strict=False)]
+        return [(item["query"], f" {choice}") for item in items for choice in item["choices"]]
+    lines = [line for line in read_text(TEXT).splitlines() if len(line) > 200][:count]
+    return [(line[:160], line[160 : 160 + more]) for line in lines for more in (10, 20, 40)]

@@ -31,7 +31,7 @@ from intactkv.calibrating import (
     spool_bytes,
 )
 from intactkv.calibrating.activations import activations_fit
-from intactkv.calibrating.backward import effective_weight, frozen, straight_through
+from intactkv.calibrating.backward import effective_weight, frozen, passes_gradient, straight_through
 from intactkv.calibrating.board import board
 from intactkv.calibrating.judge import verdict_of
 from intactkv.calibrating.outputs import batched, outputs
@@ -617,6 +617,25 @@ def test_where_no_gradient_can_be_had_the_backend_is_named() -> None:
         layer.self_attn.o_proj = Opaque(layer.self_attn.o_proj)
     with pytest.raises(IntactKVError, match=r"no gradient reaches layers\.\d\.\w+ .*LlamaForCausalLM.*backends\.md"):
         calibrate(kv, model, full, data(), config=QUICK)
+
+
+class Crowded(nn.Linear):
+    """A card that others fill: no room for what a backward pass needs."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and x.requires_grad:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried …")
+        return super().forward(x)
+
+
+def test_memory_that_does_not_suffice_is_no_missing_gradient() -> None:
+    full, model, kv = make_pair(by_name("llama-gqa"))
+    linear = model.model.layers[0].mlp.down_proj
+    linear.__class__ = Crowded
+    with pytest.raises(torch.OutOfMemoryError):
+        calibrate(kv, model, full, data(), config=QUICK)
+    with pytest.raises(torch.OutOfMemoryError):
+        passes_gradient(linear, model)
 
 
 @pytest.mark.parametrize("activation_bits", [None, 8])

@@ -73,7 +73,7 @@ VERBS = [
          paths="--cache -o --markdown --data --kv", flags="--paper --bare --no-bare"),
     Verb(["calibrate", "w3", "--full", "model", "--kv", "kv", "--data", "text", "-o", "out", "--steps", "1",
           "--samples", "2", "--held-out", "3", "--length", "16", "--batch-size", "2"],
-         numbers="--batch-size --samples --held-out --length --seed", reals="--learning-rate",
+         numbers="--batch-size --micro-batch --samples --held-out --length --seed", reals="--learning-rate",
          texts=f"--objective --system {RUN}", paths="--data --spool --checkpoint --tensorboard -o",
          flags="--values-only --checkpoint-blocks"),
     Verb(["generate", "w3", "The river", "--kv", "kv", "--max-new-tokens", "2"], numbers="--max-new-tokens --seed",

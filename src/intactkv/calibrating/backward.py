@@ -103,6 +103,8 @@ def passes_gradient(module: nn.Module, model: PreTrainedModel) -> bool:
     try:
         with torch.enable_grad():
             (gradient,) = torch.autograd.grad(module(x).float().square().sum(), x, allow_unused=True)
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError:  # "does not require grad", "derivative for … is not implemented"
         return False
     return gradient is not None and bool(gradient.any())

@@ -247,6 +247,8 @@ def _let_gradients_through(
         try:
             own = with_tensors(kv, state.tensors)
             backward_(own, model, targets, row, config, (1.0, 1.0))
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:  # "does not require grad", "derivative for … is not implemented"
             return list(state.tensors), f" ({first_line(error)})"
         return [name for name, t in state.tensors.items() if t.grad is None or not bool(t.grad.any())], ""

@@ -28,8 +28,19 @@ def calibrate_command(
     held_out: Annotated[int, typer.Option(help="Samples that choose the step and judge it.", min=3)] = 40,
     length: Annotated[int, typer.Option(help="Tokens of a sample, prefix included.")] = 1024,
     values_only: Annotated[bool, typer.Option("--values-only", help="Train the values, keep the keys.")] = False,
+    micro_batch: Annotated[
+        int | None,
+        typer.Option(
+            help="Samples in a forward; by default 1 on a CPU, else what half of the GPU's free memory holds (give it where "
+            "others use the GPU too).",
+        ),
+    ] = None,
     checkpoint_blocks: Annotated[
-        bool | None, typer.Option(help="Compute blocks twice to save memory; by default if a graph takes above 2 GiB.")
+        bool | None,
+        typer.Option(
+            help="Compute blocks twice to save memory; by default if a graph takes above 2 GiB, on a GPU above half of its "
+            "free memory.",
+        ),
     ] = None,
     system: Annotated[str | None, typer.Option(help="The system prompt of conversations that have none.")] = None,
     spool: Annotated[
@@ -62,7 +73,7 @@ def calibrate_command(
         data=calibration.Data(data, samples, held_out, length, seed, system),
         config=CalibrationConfig(
             objective=calibration.OBJECTIVES[objective], learning_rate=learning_rate, steps=steps, seed=seed,
-            batch_size=batch_size, checkpoint_blocks=checkpoint_blocks,
+            batch_size=batch_size, micro_batch=micro_batch, checkpoint_blocks=checkpoint_blocks,
             parts=("value",) if values_only else ("key", "value"),
         ),
         places=calibration.Places(spool, checkpoint, tensorboard, device, dtype), console=console,

@@ -177,6 +177,8 @@ def record(step: Callable[[], Any], tick: Callable[[], None]) -> tuple[Callable[
         with torch.cuda.graph(graph):
             output = step()
             tick()
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
         raise IntactKVError(
             f"a decoding step of this model cannot be captured in a CUDA graph ({first_line(error)}); use read_packed "
