@@ -31,15 +31,15 @@ def calibrate_command(
     micro_batch: Annotated[
         int | None,
         typer.Option(
-            help="Samples in a forward; by default 1 on a CPU, else what half of the GPU's free memory holds (give it where "
-            "others use the GPU too).",
+            help="Samples in a forward; by default 1 on a CPU, else what half of the GPU's free memory holds. Give it "
+            "where others use the GPU too."
         ),
     ] = None,
     checkpoint_blocks: Annotated[
         bool | None,
         typer.Option(
-            help="Compute blocks twice to save memory; by default if a graph takes above 2 GiB, on a GPU above half of its "
-            "free memory.",
+            help="Compute blocks twice to save memory; by default if a graph takes above 2 GiB, or above half of a "
+            "GPU's free memory."
         ),
     ] = None,
     system: Annotated[str | None, typer.Option(help="The system prompt of conversations that have none.")] = None,
