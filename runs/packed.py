@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from importlib.util import find_spec
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from time import perf_counter
 from typing import Annotated, Any
@@ -54,6 +54,8 @@ def main(
     windows: Annotated[int, typer.Option(help="How many windows of text.")] = 30,
     window: Annotated[int, typer.Option(help="Tokens in one window, prefix included.")] = 128,
     prompt: Annotated[int, typer.Option(help="How many of them are given at once.")] = 32,
+    schemes: Annotated[str, typer.Option(help="Kinds of cache to measure, divided by semicolons; all if empty.")] = "",
+    unbiased: Annotated[bool, typer.Option(help="Beside each, one read with `unbiased=True`.")] = False,
     device: Annotated[str, typer.Option(help="Where models run.")] = "cpu",
 ) -> None:
     """Measure every kind of cache and print three markdown tables."""
@@ -71,9 +73,12 @@ def main(
             )
         rounded = load_model_on(quantized, device, dtype=torch.float32)
         kv = IntactKV.load(quantized / PREFIX_KV)
-    for name, which, make, intact in arms(full, rounded, kv, [int(width) for width in bits.split(",")]):
+    chosen = [name.strip() for name in schemes.split(";")] if schemes else list(SCHEMES)
+    for name, which, make, intact in arms(
+        full, rounded, kv, [int(width) for width in bits.split(",")], chosen, unbiased
+    ):
         try:
-            logits = decoded(which, make, ids, prompt=prompt, kv=intact)
+            logits = decoded(which, make, ids, prompt=prompt, kv=intact, unbiased="unbiased" in name)
         except (RuntimeError, ValueError) as error:  # it has no such bits, or not this model's kinds of layers
             if "QuantizedCache" not in name:
                 raise
@@ -84,13 +89,15 @@ def main(
     metrics["full"] = metrics["full"].map(Tensor.cpu)
     found = Evaluation(metrics, {}, (), perf_counter() - began)
     head = f"{len(ids)} windows of {window} tokens, the first {prompt} given at once, the others one by one.\n\n"
-    tables = [full_weights_table(found, full), *failures, position_table(found, prompt), low_bit_weights_table(found)]
+    tables = [full_weights_table(found, full), *failures, position_table(found, prompt)]
+    if any(name.startswith("w ") for name in metrics):
+        tables.append(low_bit_weights_table(found))
     written = head + "\n".join(tables)
     sys.stdout.write(written) if out is None else out.write_text(written, encoding="utf-8")
 
 
 def arms(
-    full: Any, rounded: Any, kv: IntactKV, widths: list[int]
+    full: Any, rounded: Any, kv: IntactKV, widths: list[int], schemes: list[str], unbiased: bool
 ) -> Iterator[tuple[str, PreTrainedModel, Make, IntactKV | None]]:
     """Every arm: its name, its model, how to make its cache, and the artifact to attach."""
 
@@ -98,9 +105,11 @@ def arms(
         return lambda model: PackedCache(model.config, packing)
 
     for bits in widths:
-        for scheme, packing in SCHEMES.items():
-            for keep in KEPT:
-                yield f"{bits} {scheme} {keep}", full, packed(replace(packing, bits=bits, keep=keep)), None
+        for scheme, also, keep in product(schemes, ("", ", unbiased") if unbiased else ("",), KEPT):
+            packing = replace(SCHEMES[scheme], bits=bits, keep=keep)
+            yield f"{bits} {scheme}{also} {keep}", full, packed(packing), None
+    if schemes != list(SCHEMES):
+        return
     for backend, module, axis, known in (("quanto", "optimum", 0, (4, 2)), ("HQQ", "hqq", 1, (4, 3, 2))):
         for bits in set(known) & set(widths) if find_spec(module) else ():
             yield f"{bits} QuantizedCache {backend}", full, stock(backend, bits, axis), None
@@ -125,14 +134,16 @@ def stock(backend: str, bits: int, axis: int) -> Make:
 
 
 @torch.inference_mode()
-def decoded(model: PreTrainedModel, make: Make, ids: Tensor, *, prompt: int, kv: IntactKV | None) -> Tensor:
+def decoded(
+    model: PreTrainedModel, make: Make, ids: Tensor, *, prompt: int, kv: IntactKV | None, unbiased: bool = False
+) -> Tensor:
     """Logits that predict tokens `prompt` to the end, one forward for the prompt and one for each later token."""
     cache = make(model)
     with ExitStack() as stack:
         if kv is not None:
             stack.enter_context(attach(model, kv))
         if isinstance(cache, PackedCache):
-            stack.enter_context(read_packed(model))
+            stack.enter_context(read_packed(model, unbiased=unbiased))
         out = [model(ids[:, :prompt], past_key_values=cache, use_cache=True).logits[:, -1:]]
         for at in range(prompt, ids.shape[1] - 1):
             out.append(model(ids[:, at : at + 1], past_key_values=cache, use_cache=True).logits)

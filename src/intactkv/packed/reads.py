@@ -29,11 +29,13 @@ from intactkv.packed.readable import Stored
 from intactkv.packed.steady import on_gpu
 from intactkv.packed.store import Packed
 
-NAME, COMPILED = "intactkv_packed", "intactkv_packed_compiled"
+NAME, COMPILED, UNBIASED = "intactkv_packed", "intactkv_packed_compiled", "intactkv_packed_unbiased"
 FEW = 16  # queries a row that are worth reading block by block; more are a chunk of a prompt
 
 
-def read_packed(model: PreTrainedModel, *, compile: bool = False, graphs: bool = False) -> PackedReads:
+def read_packed(
+    model: PreTrainedModel, *, compile: bool = False, graphs: bool = False, unbiased: bool = False
+) -> PackedReads:
     """Make `model` read packed caches block by block until the handle is removed; use it with `with`.
 
     It sets the model's attention implementation, which is exact with and without a packed cache, and tells a
@@ -42,8 +44,22 @@ def read_packed(model: PreTrainedModel, *, compile: bool = False, graphs: bool =
     cache: for many tokens it saves most of a step's time, for a few it costs more than it saves. Models that do not
     call transformers' attention interface still get dense keys and values: right, and slower.
 
-    Raises `IntactKVError` for a model that already reads so, and with `graphs` for one that is not on one GPU.
+    `unbiased` gives tokens in full precision the attention that rounded keys take from them: errors of scores raise
+    the weights of rounded tokens on average, by what their scales tell. It is read by PyTorch, block by block, on a GPU
+    too, the chunks of a prompt after the first as well (docs/method.md).
+
+    Raises `IntactKVError` for a model that already reads so, with `graphs` for one that is not on one GPU, and with
+    `unbiased` beside `compile` or `graphs` and for a model that does not give its cache's keys to transformers'
+    attention interface.
     """
+    if unbiased and (compile or graphs):
+        raise IntactKVError("unbiased=True is read by PyTorch, neither compiled nor from graphs; give one of them")
+    latent = getattr(model.config, "kv_lora_rank", None) is not None  # keys are made of what the cache gives (MLA)
+    if unbiased and (latent or not getattr(model, "_supports_attention_backend", False)):
+        raise IntactKVError(
+            "unbiased=True takes a model that gives its cache's keys to transformers' attention interface; "
+            f"{type(model).__name__} does not; leave it out"
+        )
     if graphs and not on_gpu(next(model.parameters())):
         raise IntactKVError(
             f"graphs=True takes a model on an NVIDIA or AMD GPU and Triton; this one is on {model.device}; leave it out"
@@ -51,16 +67,16 @@ def read_packed(model: PreTrainedModel, *, compile: bool = False, graphs: bool =
     places = sorted({str(parameter.device) for parameter in model.parameters()}) if graphs else []
     if len(places) > 1:
         raise IntactKVError(f"graphs=True takes a model on one GPU; this one is on {', '.join(places)}; leave it out")
-    if model.config._attn_implementation in (NAME, COMPILED):
+    if model.config._attn_implementation in (NAME, COMPILED, UNBIASED):
         raise IntactKVError("the model already reads packed caches; call .remove() on that handle first")
-    return PackedReads(model, COMPILED if compile else NAME, graphs=graphs)
+    return PackedReads(model, COMPILED if compile else UNBIASED if unbiased else NAME, graphs=graphs)
 
 
 class PackedReads:
     """The handle of one `read_packed`."""
 
     def __init__(self, model: PreTrainedModel, name: str, *, graphs: bool = False) -> None:
-        for each, function in ((NAME, forward), (COMPILED, compiled_forward)):
+        for each, function in ((NAME, forward), (COMPILED, compiled_forward), (UNBIASED, unbiased_forward)):
             AttentionInterface.register(each, function)
             AttentionMaskInterface.register(each, sdpa_mask)
         self._model: PreTrainedModel | None = model
@@ -115,25 +131,46 @@ def forward(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **more: Any
 ) -> tuple[Tensor, None]:
     """Attention over what `PackedLayer.update` gave back, in transformers' form; dense keys go to SDPA."""
-    return _forward(False, module, (query, key, value), attention_mask, more)
+    return _forward(module, (query, key, value), attention_mask, more)
 
 
 def compiled_forward(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **more: Any
 ) -> tuple[Tensor, None]:
     """`forward` with its work compiled."""
-    return _forward(True, module, (query, key, value), attention_mask, more)
+    return _forward(module, (query, key, value), attention_mask, more, compile=True)
+
+
+def unbiased_forward(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **more: Any
+) -> tuple[Tensor, None]:
+    """`forward` with what rounding adds to weights on average taken off."""
+    return _forward(module, (query, key, value), attention_mask, more, unbiased=True)
 
 
 @torch.compiler.disable
 def _forward(
-    compile: bool, module: nn.Module, states: Any, mask: Tensor | None, more: dict[str, Any]
+    module: nn.Module,
+    states: Any,
+    mask: Tensor | None,
+    more: dict[str, Any],
+    *,
+    compile: bool = False,
+    unbiased: bool = False,
 ) -> tuple[Tensor, None]:
     query, key, value = states
     softcap, sinks = more.pop("softcap", None), more.pop("s_aux", None)
     scaling = more.get("scaling")
-    few = query.shape[2] <= FEW and not more.get("dropout") and more.get("position_bias") is None
-    if isinstance(key, LazyStates) and isinstance(value, LazyStates) and few:
+    plain, few = not more.get("dropout") and more.get("position_bias") is None, query.shape[2] <= FEW
+    lazy = isinstance(key, LazyStates) and isinstance(value, LazyStates)
+    if unbiased and lazy:
+        parts = key.stored.in_parts()
+        if parts.runs and not plain:
+            raise IntactKVError("unbiased=True knows neither dropout nor a position bias; leave it out")
+        if parts.runs:
+            query = query * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+            return _attend_stored(query, parts, mask=mask, softcap=softcap, sinks=sinks, unbiased=True), None
+    if lazy and plain and few:
         stored, scaling = key.stored, query.shape[-1] ** -0.5 if scaling is None else scaling
         quick = stored.in_place(query, mask, scaling=scaling, softcap=softcap, sinks=sinks)
         if quick is None:
@@ -145,11 +182,18 @@ def _forward(
         return sdpa_attention_forward(module, query, key, value, mask, **more)
     query = query * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     only_tail = Stored((), (key, value), 0, None, None, None, (0, 0), False)
-    return _attend_stored(query, only_tail, mask=mask, softcap=softcap, sinks=sinks, compile=False), None
+    return _attend_stored(query, only_tail, mask=mask, softcap=softcap, sinks=sinks), None
 
 
 def _attend_stored(
-    query: Tensor, stored: Stored, *, mask: Tensor | None, softcap: float | None, sinks: Tensor | None, compile: bool
+    query: Tensor,
+    stored: Stored,
+    *,
+    mask: Tensor | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    compile: bool = False,
+    unbiased: bool = False,
 ) -> Tensor:
     """Attention `(batch, token, head, dim)` of scaled queries `(batch, head, token, dim)` over all stored tokens."""
     batch, heads, tokens, dim = query.shape
@@ -172,7 +216,8 @@ def _attend_stored(
             cut, hides = (min(max(start + count - run.column, 0), run.length) if count else 0), None
         at = slice(run.column + cut, run.column + run.length)
         key, value = key.slice(cut, run.length), value.slice(cut, run.length)
-        part = _reader(turned, key, value, compile=compile, exact=dtype == torch.float32)(
+        exact = dtype == torch.float32
+        part = _reader(turned, key, value, compile=compile, exact=exact, unbiased=unbiased)(
             turned,
             key,
             value,
@@ -191,8 +236,12 @@ def _attend_stored(
     return out.view(batch, heads, tokens, -1).transpose(1, 2).to(dtype).contiguous()
 
 
-def _reader(query: Tensor, key: Packed, value: Packed, *, compile: bool, exact: bool) -> Callable[..., Partial]:
+def _reader(
+    query: Tensor, key: Packed, value: Packed, *, compile: bool, exact: bool, unbiased: bool
+) -> Callable[..., Partial]:
     """The Triton kernel on a GPU, where Triton is installed and serves these shapes; else PyTorch, block by block."""
+    if unbiased:
+        return partial(packed_attention, step=dense_step(key, unbiased=True))
     if query.is_cuda and query.dtype == torch.float32 and len(key) and find_spec("triton"):
         from intactkv.packed.kernel import fits, packed_attention_gpu
 

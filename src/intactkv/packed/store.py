@@ -75,6 +75,14 @@ class Packed:
             scale, low = self.scale[:, :, begin:end], self.low[:, :, begin:end]
         return replace(self, codes=self.codes[:, :, begin:end], scale=scale, low=low)
 
+    def variance(self, query: Float[Tensor, "batch head row dim"]) -> Float[Tensor, "batch head row token"]:
+        """Variance of `query`'s products with the numbers, each of which was anywhere in a step: Σ q² step² / 12."""
+        square, step = query.square(), self.scale.to(query.dtype).square() / 12
+        if not self.token_group:
+            return square.unflatten(-1, (step.shape[-1], -1)).sum(-1) @ step.transpose(-1, -2)
+        by_group = square @ step.transpose(-1, -2)
+        return by_group.repeat_interleave(self.token_group, -1)[..., : len(self)]
+
     def dense(self, dtype: torch.dtype) -> Float[Tensor, "batch head token dim"]:
         """The numbers, `(batch, head, token, dim)`; for a `dtype` of half precision computed in float32 first."""
         exact = torch.promote_types(dtype, torch.float32)
