@@ -45,8 +45,8 @@ def read_packed(
     call transformers' attention interface still get dense keys and values: right, and slower.
 
     `unbiased` gives tokens in full precision the attention that rounded keys take from them: errors of scores raise
-    the weights of rounded tokens on average, by what their scales tell. It is read by PyTorch, block by block, on a GPU
-    too, the chunks of a prompt after the first as well (docs/method.md).
+    the weights of rounded tokens on average, by what their scales tell (Tuncer et al., 2026, arXiv 2605.26266). PyTorch
+    reads then, block by block, on a GPU too, the chunks of a prompt after the first as well.
 
     Raises `IntactKVError` for a model that already reads so, with `graphs` for one that is not on one GPU, and with
     `unbiased` beside `compile` or `graphs` and for a model that does not give its cache's keys to transformers'
