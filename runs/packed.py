@@ -40,7 +40,6 @@ SCHEMES = {
     "per token, Hadamard": Packing(hadamard=True, keys="per_token"),
     "KIVI keys, residual 32": Packing(keys="per_channel", residual=32),
 }
-KEPT = (0, 1, 4, 16)
 SPANS = 6  # of decoded positions, in the table by position
 Make = Callable[[PreTrainedModel], Cache]
 
@@ -55,6 +54,7 @@ def main(
     window: Annotated[int, typer.Option(help="Tokens in one window, prefix included.")] = 128,
     prompt: Annotated[int, typer.Option(help="How many of them are given at once.")] = 32,
     schemes: Annotated[str, typer.Option(help="Kinds of cache to measure, divided by semicolons; all if empty.")] = "",
+    kept: Annotated[str, typer.Option(help="How many first tokens each kind keeps.")] = "0,1,4,16",
     unbiased: Annotated[bool, typer.Option(help="Beside each, one read with `unbiased=True`.")] = False,
     device: Annotated[str, typer.Option(help="Where models run.")] = "cpu",
 ) -> None:
@@ -74,9 +74,8 @@ def main(
         rounded = load_model_on(quantized, device, dtype=torch.float32)
         kv = IntactKV.load(quantized / PREFIX_KV)
     chosen = [name.strip() for name in schemes.split(";")] if schemes else list(SCHEMES)
-    for name, which, make, intact in arms(
-        full, rounded, kv, [int(width) for width in bits.split(",")], chosen, unbiased
-    ):
+    widths, counts = ([int(number) for number in text.split(",")] for text in (bits, kept))
+    for name, which, make, intact in arms(full, rounded, kv, widths, chosen, counts, unbiased):
         try:
             logits = decoded(which, make, ids, prompt=prompt, kv=intact, unbiased="unbiased" in name)
         except (RuntimeError, ValueError) as error:  # it has no such bits, or not this model's kinds of layers
@@ -97,7 +96,7 @@ def main(
 
 
 def arms(
-    full: Any, rounded: Any, kv: IntactKV, widths: list[int], schemes: list[str], unbiased: bool
+    full: Any, rounded: Any, kv: IntactKV, widths: list[int], schemes: list[str], kept: list[int], unbiased: bool
 ) -> Iterator[tuple[str, PreTrainedModel, Make, IntactKV | None]]:
     """Every arm: its name, its model, how to make its cache, and the artifact to attach."""
 
@@ -105,7 +104,7 @@ def arms(
         return lambda model: PackedCache(model.config, packing)
 
     for bits in widths:
-        for scheme, also, keep in product(schemes, ("", ", unbiased") if unbiased else ("",), KEPT):
+        for scheme, also, keep in product(schemes, ("", ", unbiased") if unbiased else ("",), kept):
             packing = replace(SCHEMES[scheme], bits=bits, keep=keep)
             yield f"{bits} {scheme}{also} {keep}", full, packed(packing), None
     if schemes != list(SCHEMES):
@@ -167,7 +166,9 @@ def full_weights_table(found: Evaluation, model: PreTrainedModel) -> str:
         bits, _, scheme = name.partition(" ")
         scheme, _, keep = scheme.rpartition(" ") if scheme[-1].isdigit() else (scheme, "", "–")
         gain = each = "–"
-        if keep not in ("–", "0"):
+        if scheme.endswith(", unbiased"):  # against the same cache read plainly
+            gain = percent(found.gap_closed(own=f"{bits} {scheme.removesuffix(', unbiased')} {keep}", intact=name))
+        elif keep not in ("–", "0") and f"{bits} {scheme} 0" in intervals:
             closed = found.gap_closed(own=f"{bits} {scheme} 0", intact=name)
             gain, each = percent(closed), f"{100 * closed.value / int(keep):+.1f}"
         lines.append(f"| {bits} | {scheme} | {keep} | {cells(found.metrics[name], row)} | {gain} | {each} |")
