@@ -42,6 +42,7 @@ SCHEMES = {
 }
 SPANS = 6  # of decoded positions, in the table by position
 Make = Callable[[PreTrainedModel], Cache]
+MadeArm = tuple[str, PreTrainedModel, Make, IntactKV | None]  # name, model, how to make its cache, what to attach
 
 
 def main(
@@ -66,16 +67,19 @@ def main(
         reference = full(ids).logits[:, prompt - 1 : -1]
     began, metrics = perf_counter(), {"full": full_metrics(reference, ids[:, prompt:])}
     failures: list[str] = []  # of caches that are not ours
-    with tempfile.TemporaryDirectory() as scratch:
-        if quantized is None:
-            quantized = quantize(
-                model, Path(scratch) / "w3", method=RTN(3, "auto", symmetric=False), prefix=bos(tokenizer)
-            )
-        rounded = load_model_on(quantized, device, dtype=torch.float32)
-        kv = IntactKV.load(quantized / PREFIX_KV)
     chosen = [name.strip() for name in schemes.split(";")] if schemes else list(SCHEMES)
     widths, counts = ([int(number) for number in text.split(",")] for text in (bits, kept))
-    for name, which, make, intact in arms(full, rounded, kv, widths, chosen, counts, unbiased):
+    made = list(arms(full, widths, chosen, counts, unbiased))
+    if not schemes:
+        with tempfile.TemporaryDirectory() as scratch:
+            if quantized is None:
+                quantized = quantize(
+                    model, Path(scratch) / "w3", method=RTN(3, "auto", symmetric=False), prefix=bos(tokenizer)
+                )
+            rounded = load_model_on(quantized, device, dtype=torch.float32)
+            kv = IntactKV.load(quantized / PREFIX_KV)
+        made += [*stock_arms(full, widths), *low_bit_weights_arms(rounded, kv, widths)]
+    for name, which, make, intact in made:
         try:
             logits = decoded(which, make, ids, prompt=prompt, kv=intact, unbiased="unbiased" in name)
         except (RuntimeError, ValueError) as error:  # it has no such bits, or not this model's kinds of layers
@@ -89,29 +93,34 @@ def main(
     found = Evaluation(metrics, {}, (), perf_counter() - began)
     head = f"{len(ids)} windows of {window} tokens, the first {prompt} given at once, the others one by one.\n\n"
     tables = [full_weights_table(found, full), *failures, position_table(found, prompt)]
-    if any(name.startswith("w ") for name in metrics):
+    if not schemes:
         tables.append(low_bit_weights_table(found))
     written = head + "\n".join(tables)
     sys.stdout.write(written) if out is None else out.write_text(written, encoding="utf-8")
 
 
-def arms(
-    full: Any, rounded: Any, kv: IntactKV, widths: list[int], schemes: list[str], kept: list[int], unbiased: bool
-) -> Iterator[tuple[str, PreTrainedModel, Make, IntactKV | None]]:
-    """Every arm: its name, its model, how to make its cache, and the artifact to attach."""
+def packed(packing: Packing) -> Make:
+    """Our cache."""
+    return lambda model: PackedCache(model.config, packing)
 
-    def packed(packing: Packing) -> Make:
-        return lambda model: PackedCache(model.config, packing)
 
+def arms(full: Any, widths: list[int], schemes: list[str], kept: list[int], unbiased: bool) -> Iterator[MadeArm]:
+    """Our caches under the full model's weights."""
     for bits in widths:
         for scheme, also, keep in product(schemes, ("", ", unbiased") if unbiased else ("",), kept):
             packing = replace(SCHEMES[scheme], bits=bits, keep=keep)
             yield f"{bits} {scheme}{also} {keep}", full, packed(packing), None
-    if schemes != list(SCHEMES):
-        return
+
+
+def stock_arms(full: Any, widths: list[int]) -> Iterator[MadeArm]:
+    """transformers' own caches, of backends that are installed."""
     for backend, module, axis, known in (("quanto", "optimum", 0, (4, 2)), ("HQQ", "hqq", 1, (4, 3, 2))):
         for bits in set(known) & set(widths) if find_spec(module) else ():
             yield f"{bits} QuantizedCache {backend}", full, stock(backend, bits, axis), None
+
+
+def low_bit_weights_arms(rounded: Any, kv: IntactKV, widths: list[int]) -> Iterator[MadeArm]:
+    """The checkpoint's weights, with its own prefix or the intact one."""
     yield "w 16 own", rounded, lambda model: DynamicCache(config=model.config), None
     yield "w 16 intact", rounded, lambda model: DynamicCache(config=model.config), kv
     for bits in widths:

@@ -160,18 +160,15 @@ def _forward(
 ) -> tuple[Tensor, None]:
     query, key, value = states
     softcap, sinks = more.pop("softcap", None), more.pop("s_aux", None)
-    scaling = more.get("scaling")
+    scaling = query.shape[-1] ** -0.5 if more.get("scaling") is None else more["scaling"]
     plain, few = not more.get("dropout") and more.get("position_bias") is None, query.shape[2] <= FEW
     lazy = isinstance(key, LazyStates) and isinstance(value, LazyStates)
-    if unbiased and lazy:
-        parts = key.stored.in_parts()
-        if parts.runs and not plain:
+    if lazy and unbiased and (parts := key.stored.in_parts()).runs:
+        if not plain:
             raise IntactKVError("unbiased=True knows neither dropout nor a position bias; leave it out")
-        if parts.runs:
-            query = query * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-            return _attend_stored(query, parts, mask=mask, softcap=softcap, sinks=sinks, unbiased=True), None
+        return _attend_stored(query * scaling, parts, mask=mask, softcap=softcap, sinks=sinks, unbiased=True), None
     if lazy and plain and few:
-        stored, scaling = key.stored, query.shape[-1] ** -0.5 if scaling is None else scaling
+        stored = key.stored
         quick = stored.in_place(query, mask, scaling=scaling, softcap=softcap, sinks=sinks)
         if quick is None:
             parts = stored.in_parts()
@@ -180,9 +177,8 @@ def _forward(
     key, value = (x.stored.dense(x.which) if isinstance(x, LazyStates) else x for x in (key, value))
     if softcap is None and sinks is None:
         return sdpa_attention_forward(module, query, key, value, mask, **more)
-    query = query * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     only_tail = Stored((), (key, value), 0, None, None, None, (0, 0), False)
-    return _attend_stored(query, only_tail, mask=mask, softcap=softcap, sinks=sinks), None
+    return _attend_stored(query * scaling, only_tail, mask=mask, softcap=softcap, sinks=sinks), None
 
 
 def _attend_stored(
@@ -240,15 +236,13 @@ def _reader(
     query: Tensor, key: Packed, value: Packed, *, compile: bool, exact: bool, unbiased: bool
 ) -> Callable[..., Partial]:
     """The Triton kernel on a GPU, where Triton is installed and serves these shapes; else PyTorch, block by block."""
-    if unbiased:
-        return partial(packed_attention, step=dense_step(key, unbiased=True))
-    if query.is_cuda and query.dtype == torch.float32 and len(key) and find_spec("triton"):
+    if query.is_cuda and query.dtype == torch.float32 and len(key) and not unbiased and find_spec("triton"):
         from intactkv.packed.kernel import fits, packed_attention_gpu
 
         if fits(key, value, query.shape[2]):
             return partial(packed_attention_gpu, exact=exact)
     step = fused_step(query, key, value) if compile and query.device.type == "cpu" else None
-    return partial(packed_attention, step=step or dense_step(key, compile=compile))
+    return partial(packed_attention, step=step or dense_step(key, compile=compile, unbiased=unbiased))
 
 
 def _full_part(rows: Tensor, stored: Stored, mask: Tensor | None, softcap: float | None) -> Partial:
